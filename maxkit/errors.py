@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user can cause, in one line. Imports nothing heavy."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what was given: says what it was, what is allowed and what to do."""
+
+
+class CheckFailed(UserError):
+    """A measured value lies outside what the recipe expects."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """The tail of an "unknown name" message: the closest allowed name, or the whole list."""
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"allowed: {', '.join(allowed)}"

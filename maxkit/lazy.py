@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public names that are imported when first used (PEP 562), so that light commands stay light."""
+
+import importlib
+import sys
+from collections.abc import Callable
+
+
+def attach(package: str, names: dict[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` for `package`.
+
+    `names` maps a public name to `module:attribute`, or to `module` for a submodule itself.
+    """
+
+    def __getattr__(name: str) -> object:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, _, attribute = names[name].partition(":")
+        value: object = importlib.import_module(module)
+        if attribute:
+            value = getattr(value, attribute)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return __getattr__, lambda: sorted(names)
