@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices, mesh axes, and the one table from dimension letter to mesh axes.
+
+Nothing outside this file names a mesh axis. Every PartitionSpec is derived from the letters an einsum or a parameter is
+written with, so a spec cannot disagree with the layout of its array.
+
+Axes are Explicit: the layout is part of an array's type and an ambiguous one fails while tracing
+(docs/design/002-sharding.md). The same model also runs without a mesh and under Auto axes (inside Tunix): `sharding_of`
+is the one place that decides whether an output sharding is passed. Next to read: `ops/`, `models/layers.py`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maxkit.errors import UserError
+from maxkit.mesh_axes import AXES, parse_mesh
+
+# letter -> mesh axes, for weights and for activations. A letter that is absent is never sharded.
+WEIGHTS: dict[str, tuple[str, ...]] = {
+    "D": ("fsdp",),
+    "F": ("tensor",),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "V": ("tensor",),
+    "E": ("expert",),
+}
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp", "expert"),
+    "F": ("tensor",),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "V": ("tensor",),
+    "E": ("expert",),
+}
+
+
+def make_mesh(description: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all `devices` with every axis of `AXES`, those not named of size 1.
+
+    `description` is `"fsdp:4,tensor:2"`; `""` puts all devices on fsdp; one size may be -1 for what remains.
+
+    Raises:
+        UserError: unknown axis, bad syntax, or sizes that do not multiply to the number of devices.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    sizes = parse_mesh(description, len(devices))
+    if devices[0].platform == "tpu":
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    grid = np.asarray(devices, dtype=object).reshape(tuple(sizes.values()))
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def axis_sizes(mesh: Mesh) -> dict[str, int]:
+    """{axis: size} of the axes that are larger than 1."""
+    return {name: size for name, size in mesh.shape.items() if size > 1}
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts the batch is cut; a micro-batch must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["B"])
+
+
+def _spec(letters: str, shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh, table: dict) -> P:
+    """One entry per letter; an axis that does not divide the dimension is left out (listed by `unsharded`)."""
+    if len(letters) != len(shape):
+        raise AssertionError(f"{letters!r} does not describe an array of shape {tuple(shape)}")
+    sizes, used, entries = dict(mesh.shape), set(), []
+    for letter, dim in zip(letters, shape, strict=True):
+        axes = tuple(a for a in table.get(letter, ()) if sizes.get(a, 1) > 1)
+        ways = math.prod(sizes[a] for a in axes)
+        if not axes or dim % ways or used.intersection(axes):
+            entries.append(None)
+            continue
+        used.update(axes)
+        entries.append(axes if len(axes) > 1 else axes[0])
+    return P(*entries)
+
+
+def weight_spec(letters: str, shape: Sequence[int], mesh: Mesh) -> P:
+    """The PartitionSpec of a parameter written with `letters` (vectors are replicated: they multiply activations)."""
+    if len(letters.replace("L", "")) < 2:
+        return P(*([None] * len(letters)))
+    return _spec(letters, shape, mesh, WEIGHTS)
+
+
+def weight_sharding(letters: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """`weight_spec` on `mesh`."""
+    return NamedSharding(mesh, weight_spec(letters, shape, mesh))
+
+
+def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
+    """Rows over every batch axis, the other dimensions whole."""
+    axes = ACTIVATIONS["B"]
+    return NamedSharding(mesh, P(axes, *([None] * (ndim - 1))))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def unsharded(letters_and_shapes: dict[str, tuple[str, Sequence[int]]], mesh: Mesh) -> list[str]:
+    """What the table would shard but the sizes do not allow, one line each: for the plan and the hardware card."""
+    lines = set()
+    for letters, shape in letters_and_shapes.values():
+        for letter, dim in zip(letters, shape, strict=True):
+            for axis in WEIGHTS.get(letter, ()):
+                if mesh.shape[axis] > 1 and dim % mesh.shape[axis]:
+                    lines.add(f"{letter}={dim} is left unsharded: {axis}={mesh.shape[axis]} does not divide it")
+    return sorted(lines)
+
+
+def check_shards_something(letters_and_shapes: dict[str, tuple[str, Sequence[int]]], mesh: Mesh) -> None:
+    """Refuse a mesh of which the model uses no axis.
+
+    Raises:
+        UserError: more than one device and not one parameter (nor the batch, over `data`) is divided.
+    """
+    if mesh.size == 1 or batch_ways(mesh) > 1:
+        return
+    specs = (weight_spec(letters, shape, mesh) for letters, shape in letters_and_shapes.values())
+    if not any(any(spec) for spec in specs):
+        reasons = "; ".join(unsharded(letters_and_shapes, mesh)) or "no parameter has such a dimension"
+        raise UserError(f"mesh {describe(mesh)} shards nothing of this model: {reasons}; use mesh='' (all on fsdp)")
+
+
+def describe(mesh: Mesh) -> str:
+    """`"fsdp:4,tensor:2"`, `"1 device"`."""
+    sizes = axis_sizes(mesh)
+    return ",".join(f"{name}:{size}" for name, size in sizes.items()) or "1 device"
+
+
+# ---------------------------------------------------------------- while tracing
+
+
+def explicit_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh in force if all its axes are Explicit, else None (no mesh, Auto axes, inside shard_map)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Explicit for kind in mesh.axis_types):
+        return None
+    return mesh
+
+
+def sharding_of(letters: str, shape: Sequence[int]) -> P | None:
+    """The output sharding to pass for an activation written with `letters`: a spec under Explicit axes, else None."""
+    mesh = explicit_mesh()
+    return None if mesh is None else _spec(letters, shape, mesh, ACTIVATIONS)
+
+
+def einsum(subscripts: str, *operands: jax.Array, preferred_element_type: jnp.dtype | None = None) -> jax.Array:
+    """`jnp.einsum` whose output sharding follows from its letters."""
+    inputs, output = subscripts.split("->")
+    sizes = {}
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        sizes.update(zip(letters, operand.shape, strict=True))
+    return jnp.einsum(
+        subscripts,
+        *operands,
+        preferred_element_type=preferred_element_type,
+        out_sharding=sharding_of(output, [sizes[letter] for letter in output]),
+    )
+
+
+def gather_rows(table: jax.Array, ids: jax.Array, letters: str) -> jax.Array:
+    """`table[ids]` for a [rows, ...] table that may be sharded; `letters` are those of the result."""
+    spec = sharding_of(letters, ids.shape + table.shape[1:])
+    return table[ids] if spec is None else table.at[ids].get(out_sharding=spec)
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """Put `x` into the layout of its letters: a reshard under Explicit axes, nothing otherwise."""
+    spec = sharding_of(letters, x.shape)
+    return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """All of `x` on every device (under Explicit axes)."""
+    return x if explicit_mesh() is None else jax.sharding.reshard(x, P(*([None] * x.ndim)))
+
+
+def zeros(shape: Sequence[int], dtype: jnp.dtype, letters: str) -> jax.Array:
+    """Zeros in the layout of their letters, fit to start a scan carry with."""
+    spec = sharding_of(letters, shape)
+    return jnp.zeros(shape, dtype) if spec is None else jnp.zeros(shape, dtype, out_sharding=spec)
+
