@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipe parameters: composed from the components, resolved from tracked sources, checked as a whole. No JAX.
+
+A recipe's class inherits from the component configs, so its fields are flat, as papermill sees them. `resolve`
+is the one way from what people wrote to a config; `typed.py` reads values. Next to read: `nb/bind.py`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from maxkit.data.config import DataConfig
+from maxkit.errors import UserError, nearest
+from maxkit.optim.config import OptimizerConfig
+from maxkit.train.config import CheckpointConfig, TrainConfig
+from maxkit.typed import convert, type_name
+
+SOURCES = ("file", "environment", "command line", "papermill", "notebook", "keyword")
+ENVIRONMENT_PREFIX = "MAXKIT_"
+# Settings of the program, not parameters. Names that start MAXKIT__ pass from one maxkit process to another.
+RESERVED_ENVIRONMENT = ("MAXKIT_CACHE", "MAXKIT_OFFLINE", "MAXKIT_PROGRESS")
+# They say which of MaxText's two model stacks wrote something. Here they could only be wrong.
+REFUSED = {
+    name: f"{name} chooses between MaxText's Linen and NNX models; maxkit is NNX only: leave it out"
+    for name in ("pure_nnx", "enable_nnx", "pure_nnx_decoder")
+}
+# What may change between two runs of one folder without making it another experiment.
+NOT_PART_OF_THE_RUN_NAME = frozenset(
+    {"run_dir", "steps", "log_period", "checkpoint_period", "max_num_checkpoints_to_keep"}
+)
+
+
+class RecipeConfig(DataConfig, OptimizerConfig, CheckpointConfig, TrainConfig):
+    """What every training recipe takes; a recipe adds its own fields and defaults."""
+
+    # strict: resolve() converts by type first, and a config built by hand must not turn True into 1 step.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def explicit(self) -> dict[str, str]:
+        """{field: source} of what somebody gave; a value whose source was not tracked counts as a keyword."""
+        given = (name for name in type(self).model_fields if name in self.model_fields_set)
+        return {name: self._sources.get(name, "keyword") for name in given}
+
+    @property
+    def recipe(self) -> str:
+        """The recipe's name."""
+        return _recipe_name(type(self))
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run lives: `run_dir`, or a folder named after what differs from the defaults."""
+        if self.run_dir:
+            return Path(self.run_dir).expanduser().absolute()
+        named = {k: v for k, v in self.different().items() if k not in NOT_PART_OF_THE_RUN_NAME}
+        digest = hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        return Path("runs", f"{self.recipe}-{digest}" if named else self.recipe).absolute()
+
+    def different(self) -> dict[str, Any]:
+        """{field: value} of what differs from the recipe's defaults."""
+        fields = type(self).model_fields
+        return {name: getattr(self, name) for name in fields if getattr(self, name) != fields[name].default}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.different().items())})"
+
+    __str__ = __repr__
+
+
+class Sft(RecipeConfig):
+    """Supervised fine-tuning of a pretrained chat model on conversations."""
+
+    model: str = Field("smollm2-135m-instruct", description=TrainConfig.model_fields["model"].description)
+    dataset: str = Field("chatterbot", description=DataConfig.model_fields["dataset"].description)
+    lora_rank: int = Field(
+        0, ge=0, description="Rank of LoRA matrices beside frozen weights; 0 trains all weights."
+    )
+    lora_alpha: float = Field(16.0, gt=0, description="LoRA's product is scaled by lora_alpha / lora_rank.")
+
+    @field_validator("model")
+    @classmethod
+    def _needs_a_model(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must name a pretrained model, for example 'smollm2-135m-instruct'")
+        return value
+
+
+class Pretrain(RecipeConfig):
+    """Pretraining of a small decoder from scratch on plain text."""
+
+    model: str = Field(
+        "", description="Model whose architecture is used; empty builds one from the sizes below."
+    )
+    dataset: str = Field("shakespeare", description=DataConfig.model_fields["dataset"].description)
+    vocab_size: int = Field(1024, ge=258, description="Size of the byte-pair vocabulary trained in the run.")
+    num_layers: int = Field(4, ge=1, description="Blocks of the decoder.")
+    embed_dim: int = Field(128, ge=2, description="Width of the residual stream.")
+    num_heads: int = Field(4, ge=1, description="Query heads, each embed_dim / num_heads wide.")
+    num_kv_heads: int = Field(
+        2, ge=1, description="Key and value heads, each shared by num_heads / num_kv_heads query heads."
+    )
+    mlp_dim: int = Field(384, ge=1, description="Width inside the gated MLP.")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Pretrain":
+        if self.embed_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"embed_dim={self.embed_dim} must be a multiple of 2 * num_heads = {2 * self.num_heads}, "
+                "so that each head has an even width"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}"
+            )
+        return self
+
+
+class RecipeEntry(NamedTuple):
+    """One row of the registry. `smoke` is the smallest run that still does everything, for CI."""
+
+    config: type[RecipeConfig]
+    title: str
+    result: str
+    notebook: str
+    smoke: dict[str, Any]
+
+
+RECIPES: dict[str, RecipeEntry] = {
+    "sft": RecipeEntry(
+        Sft,
+        "Supervised fine-tuning",
+        "SmolLM2-135M-Instruct learns a small set of conversations; answers before and after",
+        "sft.ipynb",
+        {"steps": 2, "batch_size": 2, "seq_len": 64},
+    ),
+    "pretrain": RecipeEntry(
+        Pretrain,
+        "Pretraining from scratch",
+        "a small decoder learns Shakespeare until it beats the bigram entropy of the same text",
+        "pretrain.ipynb",
+        {"steps": 3, "batch_size": 2, "seq_len": 64, "num_layers": 2, "embed_dim": 32, "mlp_dim": 64},
+    ),
+}
+
+
+def find_recipe(recipe: str | type[RecipeConfig]) -> type[RecipeConfig]:
+    """The parameter class of a recipe's name (a class is returned as it is).
+
+    Raises:
+        UserError: no such recipe.
+    """
+    if isinstance(recipe, type):
+        return recipe
+    name = recipe.removesuffix(".ipynb").rsplit("/", 1)[-1]
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe {recipe!r}; {nearest(name, RECIPES)}")
+    return RECIPES[name].config
+
+
+def resolve(
+    recipe: str | type[RecipeConfig],
+    *,
+    file: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    given: Mapping[str, tuple[Any, str]] | None = None,
+) -> RecipeConfig:
+    """The frozen config of `recipe`: defaults, then `file` (YAML), then `environ`, then `given`; later wins.
+
+    `given` maps a name to (value, source), the source out of `SOURCES`; `environ` None is `os.environ`.
+
+    Raises:
+        UserError: everything that is wrong, in one line.
+    """
+    kind = find_recipe(recipe)
+    merged: dict[str, tuple[Any, str]] = {}
+    problems: list[str] = []
+    sources = (
+        read_file(file),
+        read_environment(os.environ if environ is None else environ),
+        dict(given or {}),
+    )
+    for source in sources:
+        for name, (value, origin) in source.items():
+            assert origin in SOURCES, origin
+            problem = _name_problem(kind, name, origin)
+            if problem:
+                problems.append(problem)
+            else:
+                merged[name] = (value, origin)
+    values, conversions = _converted(kind, merged)
+    problems += conversions
+    config, invalid = _validated(kind, values, merged, problems)
+    if invalid:
+        raise UserError(f"{_recipe_name(kind)}: " + "; ".join(invalid))
+    assert config is not None
+    config._sources.update({name: origin for name, (_, origin) in merged.items()})
+    return config
+
+
+def read_file(path: str | Path | None) -> dict[str, tuple[Any, str]]:
+    """The settings of a YAML run file, as `resolve` takes them; {} for None.
+
+    Raises:
+        UserError: no such file, not YAML, or not a table of names.
+    """
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content or {}, dict):
+        held = type(content).__name__
+        raise UserError(f"config file {str(path)!r} must be a table of NAME: value lines, not a {held}")
+    return {str(name): (value, "file") for name, value in (content or {}).items()}
+
+
+def read_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    """The `MAXKIT_<NAME>` settings of `environ`, as `resolve` takes them."""
+    return {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): (value, "environment")
+        for name, value in environ.items()
+        if name.startswith(ENVIRONMENT_PREFIX)
+        and not name.startswith(ENVIRONMENT_PREFIX + "_")
+        and name not in RESERVED_ENVIRONMENT
+    }
+
+
+def parameter_table(recipe: str | type[RecipeConfig]) -> list[dict[str, Any]]:
+    """One row per parameter: name, type, default, meaning. For `--help` and the recipe's own table."""
+    return [
+        {
+            "name": name,
+            "type": type_name(field.annotation),
+            "default": field.default,
+            "meaning": field.description or "",
+        }
+        for name, field in find_recipe(recipe).model_fields.items()
+    ]
+
+
+def _recipe_name(kind: type[RecipeConfig]) -> str:
+    return next((name for name, entry in RECIPES.items() if entry.config is kind), kind.__name__.lower())
+
+
+def _name_problem(kind: type[RecipeConfig], name: str, origin: str) -> str | None:
+    if name in REFUSED:
+        return REFUSED[name]
+    if name in kind.model_fields:
+        return None
+    shown = ENVIRONMENT_PREFIX + name.upper() if origin == "environment" else repr(name)
+    return f"unknown parameter {shown} ({origin}): {nearest(name, kind.model_fields)}"
+
+
+def _converted(
+    kind: type[RecipeConfig], merged: Mapping[str, tuple[Any, str]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Each value as its field's type, and a line for each that cannot be."""
+    values, problems = {}, []
+    for name, (value, origin) in merged.items():
+        try:
+            values[name] = convert(value, kind.model_fields[name].annotation)
+        except ValueError as error:
+            problems.append(f"{name}={value!r} ({origin}): {error}")
+    return values, problems
+
+
+def _validated(
+    kind: type[RecipeConfig],
+    values: dict[str, Any],
+    merged: Mapping[str, tuple[Any, str]],
+    problems: list[str],
+) -> tuple[RecipeConfig | None, list[str]]:
+    """The config, and `problems` with those of ranges added.
+
+    Cross checks are left out while single values are wrong: they would complain about a default nobody chose.
+    """
+    try:
+        return kind(**values), problems
+    except ValidationError as error:
+        for detail in error.errors():
+            message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            name = str(detail["loc"][0]) if detail["loc"] else ""
+            if not name and not problems:
+                problems = [*problems, message]
+            elif name and message.startswith(f"{name}="):
+                problems = [*problems, f"{message} ({merged[name][1]})"]
+            elif name:
+                problems = [*problems, f"{name}={merged[name][0]!r} ({merged[name][1]}): {message}"]
+        return None, problems
