@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# Each target does all it needs, from a fresh clone on. `make` alone lists them.
+# The environments are made once and marked with a stamp, so that the next make starts at once.
+
+PYTHON ?= python3
+VENV := .venv
+PIP_INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check --no-input -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test docs oracle plan bench lint
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+# --- environments -----------------------------------------------------------------------------
+
+# Ends make with one line when the interpreter cannot make an environment; otherwise expands to nothing.
+PYTHON_HINT = install Python 3.11 or newer (Debian, Ubuntu: apt install python3 python3-venv; macOS: brew install python), or name one: make PYTHON=/path/to/python3.11
+define require_python
+$(if $(shell ( $(PYTHON) -c 'import sys; print("ok" if sys.version_info >= (3, 11) else "")' ) 2>/dev/null),,$(error PYTHON=$(PYTHON) answers "$(shell ( $(PYTHON) -V ) 2>&1)": $(PYTHON_HINT)))$(if $(shell ( $(PYTHON) -c 'import venv, ensurepip; print("ok")' ) 2>/dev/null),,$(error PYTHON=$(PYTHON) has no venv module: $(PYTHON_HINT)))
+endef
+
+# An environment that was cut off before it had pip is made again; a whole one is left alone.
+define make_venv
+$(if $(wildcard $(1)/bin/python),,$(require_python))$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(1)
+endef
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	@$(call make_venv,$(VENV))
+	@echo "Installing maxkit and $$(grep -c == constraints.txt) pinned packages into $(VENV): some minutes, once"
+	@$(VENV)/bin/python $(PIP_INSTALL) -e ".[notebooks,post-train,docs,dev]"
+	@touch $@
+
+.venv-oracle/.stamp: pyproject.toml
+	@$(call make_venv,.venv-oracle)
+	@echo "Installing PyTorch and the newest transformers into .venv-oracle: some minutes, once"
+	@.venv-oracle/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-input \
+		torch==2.13.0 transformers lm-eval pytest pytest-cov pytest-xdist -e .
+	@touch $@
+
+.venv-tpu/.stamp: pyproject.toml constraints.txt
+	@$(call make_venv,.venv-tpu)
+	@echo "Installing the TPU compiler into .venv-tpu: some minutes, once"
+	@.venv-tpu/bin/python $(PIP_INSTALL) -e ".[tpu]"
+	@touch $@
+
+# --- what people call -------------------------------------------------------------------------
+
+setup: $(VENV)/.stamp  ## make .venv and install everything but the TPU compiler and the oracles
+	@echo "Ready. Enter the environment with: . $(VENV)/bin/activate"
+
+demo: $(VENV)/.stamp  ## fine-tune SmolLM2-135M-Instruct on real chat data, on this machine
+	@mkdir -p runs/demo
+	@$(VENV)/bin/maxkit run sft -p run_dir=runs/demo -o runs/demo/sft.ipynb
+
+test: $(VENV)/.stamp  ## run all tests but the slow ones, tier by tier
+	@$(VENV)/bin/python tests/run_tiers.py
+
+docs: $(VENV)/.stamp  ## build the documentation into docs/_build/html
+	@$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+oracle: .venv-oracle/.stamp  ## compare live with PyTorch, transformers and lm-eval
+	@.venv-oracle/bin/python tests/run_tiers.py oracle
+
+TOPOLOGY ?= v5e:2x2
+plan: .venv-tpu/.stamp  ## compile the SFT step for a TPU topology: TOPOLOGY=v5e:2x2
+	@JAX_PLATFORMS=cpu .venv-tpu/bin/maxkit plan sft --topology $(TOPOLOGY)
+
+bench: $(VENV)/.stamp  ## measure a training step and decoding, one JSON line each
+	@for script in benchmarks/*.py; do $(VENV)/bin/python $$script || exit 1; done
+
+lint: $(VENV)/.stamp  ## style, types and import directions
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
