@@ -15,9 +15,10 @@ help:  ## list the targets
 # --- environments -----------------------------------------------------------------------------
 
 # Ends make with one line when the interpreter cannot make an environment; otherwise expands to nothing.
+# `|| true`: make prints what $(shell) read to stderr when the command was not found.
 PYTHON_HINT = install Python 3.11 or newer (Debian, Ubuntu: apt install python3 python3-venv; macOS: brew install python), or name one: make PYTHON=/path/to/python3.11
 define require_python
-$(if $(shell ( $(PYTHON) -c 'import sys; print("ok" if sys.version_info >= (3, 11) else "")' ) 2>/dev/null),,$(error PYTHON=$(PYTHON) answers "$(shell ( $(PYTHON) -V ) 2>&1)": $(PYTHON_HINT)))$(if $(shell ( $(PYTHON) -c 'import venv, ensurepip; print("ok")' ) 2>/dev/null),,$(error PYTHON=$(PYTHON) has no venv module: $(PYTHON_HINT)))
+$(if $(shell $(PYTHON) -c 'import sys; print("ok" if sys.version_info >= (3, 11) else "")' 2>/dev/null || true),,$(error PYTHON=$(PYTHON) answers "$(shell ( $(PYTHON) -V ) 2>&1 || true)": $(PYTHON_HINT)))$(if $(shell $(PYTHON) -c 'import venv, ensurepip; print("ok")' 2>/dev/null),,$(error PYTHON=$(PYTHON) has no venv module: $(PYTHON_HINT)))
 endef
 
 # An environment that was cut off before it had pip is made again; a whole one is left alone.
