@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipe parameters: composed from the components, resolved from tracked sources, checked as a whole. No JAX.
 
-A recipe's class inherits from the component configs, so its fields are flat, as papermill sees them. `resolve`
+A recipe's class inherits from the component configs, so its fields are flat, as papermill sees it. `resolve`
 is the one way from what people wrote to a config; `typed.py` reads values. Next to read: `nb/bind.py`.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,17 +170,19 @@ def resolve(
     file: str | Path | None = None,
     environ: Mapping[str, str] | None = None,
     given: Mapping[str, tuple[Any, str]] | None = None,
+    problems: Iterable[str] = (),
 ) -> RecipeConfig:
     """The frozen config of `recipe`: defaults, then `file` (YAML), then `environ`, then `given`; later wins.
 
     `given` maps a name to (value, source), the source out of `SOURCES`; `environ` None is `os.environ`.
+    `problems` are what a caller found before, to be told together with what is found here.
 
     Raises:
         UserError: everything that is wrong, in one line.
     """
     kind = find_recipe(recipe)
     merged: dict[str, tuple[Any, str]] = {}
-    problems: list[str] = []
+    problems = list(problems)
     sources = (
         read_file(file),
         read_environment(os.environ if environ is None else environ),
