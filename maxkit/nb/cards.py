@@ -118,7 +118,7 @@ def expectation(row: Mapping[str, Any]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value for people: at most six significant digits, thousands separated, yes and no, a dash for None."""
+    """A value for people: at most six significant digits, thousands separated, yes and no, - for None."""
     if value is None:
         return "-"
     if isinstance(value, bool):

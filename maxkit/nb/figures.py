@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of a run: drawn once, saved as SVG and PNG, shown with alt text.
+
+Each figure is an opaque white card with dark ink, so it reads the same on a light and a dark page. Nothing
+here touches pyplot: no global state, no figure that is shown twice.
+"""
+
+import base64
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from maxkit.errors import UserError
+from maxkit.nb.cards import show
+
+INK, FAINT, BAND = "#202124", "#dadce0", "#e8eaed"
+# Okabe and Ito (2008): told apart with every common colour blindness; the first two also in grey.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# Same data, same bytes: no dates, no random ids. Text stays text, so a figure can be searched.
+INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+STYLE: dict[str, Any] = {"svg.hashsalt": "maxkit", "svg.fonttype": "none", "font.size": 10.5}
+STYLE |= dict.fromkeys(INKED, INK)
+SIZE = (7.2, 3.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A finished figure; a notebook shows it, `alt` says in words what it shows, `paths` are its files."""
+
+    svg: str
+    png: bytes
+    alt: str
+    paths: tuple[Path, ...] = ()
+
+    def _repr_mimebundle_(
+        self, include: Any = None, exclude: Any = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        data = {"image/png": base64.b64encode(self.png).decode(), "text/plain": self.alt}
+        return data, {"image/png": {"alt": self.alt, "width": 640}}
+
+    def __repr__(self) -> str:
+        return self.alt
+
+
+def loss_figure(
+    history: Sequence[Mapping[str, Any]],
+    *,
+    y: str = "loss",
+    others: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    lines: Mapping[str, float] | None = None,
+    band: tuple[float, float] | Sequence[tuple[float, float, float]] | None = None,
+    title: str = "Training loss",
+    ylabel: str = "loss (nats per token)",
+    save_as: str | Path | None = None,
+) -> Figure:
+    """The curve of `y` over `step` in `history` (rows of metrics).
+
+    `others` are more curves, {label: [(step, value)]}; `lines` horizontal marks, {label: value}; `band` the
+    grey expected range of the last value, (low, high), or of the curve, [(step, low, high)]. `save_as` is a
+    path without suffix: `.svg` and `.png` are written.
+
+    Raises:
+        UserError: no row of `history` has `step` and `y`.
+    """
+    points = [(float(row["step"]), float(row[y])) for row in history if "step" in row and y in row]
+    if not points:
+        raise UserError(f"loss_figure: no row of the history has both 'step' and {y!r}")
+    with matplotlib.rc_context(STYLE):
+        canvas, axes = _card(title, "updates", ylabel)
+        steps = [step for step, _ in points]
+        if band is not None:
+            rows = band
+            if isinstance(band[0], (int, float)):
+                # Of the last value alone: a band under the whole curve would look missed.
+                rows = [(steps[-1] - 0.2 * (steps[-1] - steps[0]), *band), (steps[-1], *band)]
+            axes.fill_between(*zip(*rows, strict=True), color=BAND, zorder=0, label="expected")
+        curves = {
+            "training": points,
+            **{k: [(float(s), float(v)) for s, v in c] for k, c in (others or {}).items()},
+        }
+        for colour, (label, curve) in zip(COLOURS, curves.items(), strict=False):
+            # Few points are marked: one point alone would otherwise draw nothing.
+            marker = "o" if len(curve) <= 30 else None
+            axes.plot(
+                *zip(*curve, strict=True),
+                color=colour,
+                marker=marker,
+                markersize=3.5,
+                linewidth=1.8,
+                label=label,
+            )
+        for style, (label, value) in zip(("--", ":", "-."), (lines or {}).items(), strict=False):
+            axes.axhline(value, color=INK, linestyle=style, linewidth=1.2, label=f"{label} {value:.2f}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(frameon=False, fontsize=9.5)
+        return _finish(canvas, _loss_alt(title, curves, lines or {}, band), save_as)
+
+
+def bars_figure(
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    title: str,
+    ylabel: str,
+    save_as: str | Path | None = None,
+) -> Figure:
+    """Bars side by side: {"held-out loss": {"before": 3.1, "after": 2.2}}, each with its value on top.
+
+    Raises:
+        UserError: no groups, or groups with different bars.
+    """
+    names = list(next(iter(groups.values()), {}))
+    if not names or any(list(group) != names for group in groups.values()):
+        raise UserError("bars_figure: every group needs the same bars, and at least one")
+    with matplotlib.rc_context(STYLE):
+        canvas, axes = _card(title, "", ylabel)
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            places = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
+            values = [float(group[name]) for group in groups.values()]
+            bars = axes.bar(places, values, width * 0.92, color=COLOURS[i % len(COLOURS)], label=name)
+            axes.bar_label(bars, [show(round(v, 3)) for v in values], padding=2, fontsize=9.5)
+        axes.set_xticks(range(len(groups)), list(groups))
+        axes.margins(y=0.12)
+        axes.grid(False, axis="x")
+        axes.legend(frameon=False, fontsize=9.5)
+        parts = (f"{group}: {', '.join(f'{n} {show(round(float(v), 3))}' for n, v in bars.items())}"
+                 for group, bars in groups.items())  # fmt: skip
+        return _finish(canvas, f"Bar chart, {title}. " + "; ".join(parts) + ".", save_as)
+
+
+def save(figure: Figure, path: str | Path) -> Figure:
+    """Write `path` with the suffixes `.svg` and `.png`; the figure with its paths.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    files = {Path(f"{path}.svg"): figure.svg.encode(), Path(f"{path}.png"): figure.png}
+    for file, content in files.items():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        except OSError as error:
+            raise UserError(f"cannot write figure {str(file)!r}: {error.strerror}") from error
+    return dataclasses.replace(figure, paths=tuple(files))
+
+
+def _card(title: str, xlabel: str, ylabel: str) -> tuple[Canvas, Axes]:
+    canvas = Canvas(figsize=SIZE, layout="constrained", facecolor="white")
+    axes = canvas.add_subplot(facecolor="white")
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=12)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    return canvas, axes
+
+
+def _finish(canvas: Canvas, alt: str, save_as: str | Path | None) -> Figure:
+    svg, png = io.StringIO(), io.BytesIO()
+    canvas.savefig(svg, format="svg", metadata={"Date": None, "Title": alt})
+    canvas.savefig(png, format="png", dpi=160)
+    figure = Figure(svg.getvalue(), png.getvalue(), alt)
+    return save(figure, save_as) if save_as is not None else figure
+
+
+def _loss_alt(
+    title: str, curves: Mapping[str, Sequence[tuple[float, float]]], lines: Mapping[str, float], band: Any
+) -> str:
+    told = [f"{label} from {c[0][1]:.2f} at update {c[0][0]:.0f} to {c[-1][1]:.2f} at update {c[-1][0]:.0f}"
+            for label, c in curves.items() if c]  # fmt: skip
+    told += [f"dashed mark at {value:.2f}, {label}" for label, value in lines.items()]
+    told += ["grey band: the expected range"] if band is not None else []
+    return f"Line chart, {title}: " + "; ".join(told) + "."
