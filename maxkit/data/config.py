@@ -14,16 +14,22 @@ class DataConfig(BaseModel):
     dataset: str = Field(
         "chatterbot",
         min_length=1,
-        description="A packaged corpus (shakespeare, pydoc, chatterbot, chatterbot-all), a .jsonl, .parquet or .txt "
-        "file or a folder of them, hf:OWNER/NAME[:SPLIT], or synthetic.",
+        description="A packaged corpus (shakespeare, pydoc, chatterbot, chatterbot-all), a .jsonl, .parquet "
+        "or .txt file or a folder of them, hf:OWNER/NAME[:SPLIT], or synthetic.",
     )
     seq_len: int = Field(256, ge=2, description="Tokens in a row; at most the model's max_seq_len.")
     holdout_fraction: float = Field(
-        0.1, ge=0.0, lt=1.0, description="Share of the examples (chat) or of the text's tail kept for evaluation."
+        0.1,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the examples (chat) or of the text's tail kept for evaluation.",
     )
     packing: bool = Field(True, description="Put several chat examples into one row; false gives one a row.")
     too_long: Literal["drop", "truncate"] = Field(
-        "drop", description="What happens to a chat example longer than seq_len; both are counted and reported."
+        "drop",
+        description="What happens to a chat example longer than seq_len; both are counted and reported.",
     )
-    deduplicate: bool = Field(True, description="Drop exact repeats of a conversation, so that none is also held out.")
+    deduplicate: bool = Field(
+        True, description="Drop exact repeats of a conversation, so that none is also held out."
+    )
     shuffle: bool = Field(True, description="Read the training rows in a new random order each epoch.")

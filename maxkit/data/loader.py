@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows to batches: a Grain pipeline whose position can be saved, and a plain pass for evaluation.
 
-Update k uses the same rows whatever the number of processes, because every process orders all rows alike and takes
-every n-th. So the saved position, {"next_index": k}, is the same on all processes and for all their numbers.
+Update k uses the same rows whatever the number of processes, because every process orders all rows alike and
+takes every n-th. So the saved position, {"next_index": k}, is the same on all processes and for all their
+numbers.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ class Rows:
         return Rows({name: column[indices] for name, column in self.columns.items()})
 
     def digest(self) -> str:
-        """SHA-256 of names, types, shapes and values: equal digests give equal batches for equal loader settings."""
+        """SHA-256 of names, types, shapes and values: with the loader's settings it decides the batches."""
         digest = hashlib.sha256()
         for name, column in sorted(self.columns.items()):
             digest.update(f"{name} {column.dtype.str} {column.shape}".encode())
@@ -61,9 +62,10 @@ def make_loader(
 ) -> grain.DatasetIterator:
     """An endless iterator of this process's batches: {column: [batch_size / process_count, ...]}.
 
-    `batch_size` counts rows over all processes. Epochs follow each other without a gap or a dropped row, each in its
-    own order if `shuffle`; a batch may hold the end of one epoch and the start of the next, and where there are fewer
-    rows than batch_size it holds some rows more than once. Process p has rows p, p + n, p + 2n, ... of each global batch.
+    `batch_size` counts rows over all processes. Epochs follow each other without a gap or a dropped row, each
+    in its own order if `shuffle`; a batch may hold the end of one epoch and the start of the next, and where
+    there are fewer rows than batch_size it holds some rows more than once. Process p has rows p, p + n, p +
+    2n, ... of each global batch.
     `get_state()` is a small JSON value and `set_state()` continues with the very next batch, bit for bit.
     Raises `UserError` for no rows, or a batch_size that the processes do not divide.
     """
@@ -79,7 +81,7 @@ def make_loader(
 def eval_batches(
     rows: Rows, *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """One pass over all rows in order, as this process's batches; ceil(len(rows) / batch_size) on every process.
+    """One pass over all rows in order, as this process's ceil(len(rows) / batch_size) batches.
 
     The last batch is filled up with rows of zeros: segment 0 and loss mask 0, so they count nowhere.
     Raises `UserError` as `make_loader` does.
@@ -101,6 +103,8 @@ def _eval_batches(rows: Rows, batch_size: int, own: slice) -> Iterator[dict[str,
 def _check(rows: Rows, batch_size: int, process_index: int, process_count: int) -> None:
     assert 0 <= process_index < process_count, f"process {process_index} of {process_count}"
     if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes")
+        raise UserError(
+            f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
+        )
     if not len(rows):
         raise UserError("the data set has no rows: see the row report for what was read and rejected")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens to fixed-length rows: several chat examples a row, one a row, or one long text cut into rows.
 
-The columns are those of `types.Batch`, as numpy arrays [rows, seq_len]. Padding has segment id 0, loss mask 0 and the
-pad id as token and target; it is recognised by its segment, never by its id (SmolLM2's pad is its end of turn).
+The columns are those of `types.Batch`, as numpy arrays [rows, seq_len]. Padding has segment id 0, loss mask 0
+and the pad id as token and target; it is recognised by its segment, never by its id (SmolLM2's pad is its end
+of turn).
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,9 +12,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 Columns = dict[str, np.ndarray]
-Example = tuple[Sequence[int], Sequence[int]]  # ids and, of the same length, 1 where the assistant wrote the token
+# Ids and, of the same length, 1 where the assistant wrote the token.
+Example = tuple[Sequence[int], Sequence[int]]
 
-# Rows still open for a later example. More fill a little better and cost time: first fit looks at each of them.
+# Rows still open for a later example. More fill a little better and cost time: first fit looks at each of
+# them.
 OPEN_ROWS = 64
 
 
@@ -39,8 +42,9 @@ def pack(
 ) -> Packed:
     """Put examples into rows of `seq_len`: by first fit in the order given, or one a row with packing=False.
 
-    Each example is one segment (ids from 1 in each row, positions from 0). The target of a token is the next token
-    of its segment, trained if the assistant wrote it; the last token of a segment has no target (loss mask 0).
+    Each example is one segment (ids from 1 in each row, positions from 0). The target of a token is the next
+    token of its segment, trained if the assistant wrote it; the last token of a segment has no target (loss
+    mask 0).
     An example longer than seq_len is dropped or cut at seq_len, and listed either way.
     """
     kept: list[tuple[np.ndarray, np.ndarray]] = []
@@ -85,11 +89,11 @@ def first_fit(lengths: Sequence[int], capacity: int, open_rows: int = OPEN_ROWS)
     return rows
 
 
-def chunk_text(ids: Sequence[int], seq_len: int, *, pad_id: int = 0) -> Columns:
-    """Cut one stream of N tokens into rows of `seq_len` inputs; every token but the first is a target exactly once.
+def chunk_text(ids: Sequence[int] | np.ndarray, seq_len: int, *, pad_id: int = 0) -> Columns:
+    """Cut one stream of N tokens into rows of `seq_len` inputs; each token but the first is a target once.
 
-    The windows hold seq_len + 1 tokens and overlap by one, so ceil((N - 1) / seq_len) rows. All of a row is segment 1
-    with positions from 0; only the last row may be padded.
+    The windows hold seq_len + 1 tokens and overlap by one, so ceil((N - 1) / seq_len) rows. All of a row is
+    segment 1 with positions from 0; only the last row may be padded.
     """
     stream = np.asarray(ids, np.int32)
     inputs = max(len(stream) - 1, 0)

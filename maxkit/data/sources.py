@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read conversations or text from a file, a folder, a packaged corpus, a hub data set or a seeded generator.
 
-`conversations` and `documents` are the two ways in. A row that cannot be used is counted in a `RowReport` with its
-number and the reason; only a source as a whole that cannot be read is an error. Next to read: `build.py`.
+`conversations` and `documents` are the two ways in. A row that cannot be used is counted in a `RowReport`
+with its number and the reason; only a source as a whole that cannot be read is an error. Next to read:
+`build.py`.
 """
 
 import json
@@ -24,7 +25,7 @@ Message = dict[str, str]
 
 
 class Conversation(NamedTuple):
-    """A usable chat row: its messages ({"role", "content"}, at least one from the assistant) and where it stood."""
+    """A usable chat row: its messages ({"role", "content"}, one or more by the assistant) and its place."""
 
     messages: list[Message]
     row: int
@@ -52,9 +53,9 @@ def conversations(
 ) -> Iterator[Conversation]:
     """Yield the usable conversations of `dataset` in file order; count every row in `report`.
 
-    A row is {"messages": [{"role", "content"}, ...]}, {"prompt", "completion"}, or {"instruction", "response" or
-    "output"} with an optional "input" that follows the instruction. Other keys of a row (ids, scores) are ignored,
-    other keys of a message are not. Of several spellings in one row the first in this order is read.
+    A row is {"messages": [{"role", "content"}, ...]}, {"prompt", "completion"}, or {"instruction", "response"
+    or "output"} with an optional "input" that follows the instruction. Other keys of a row (ids, scores) are
+    ignored, other keys of a message are not. Of several spellings in one row the first in this order is read.
     Rows whose messages are all equal to an earlier row's are counted as duplicates.
     Raises `UserError` where the source is missing, unreadable, or holds no conversations by its nature.
     """
@@ -103,7 +104,9 @@ def to_messages(record: Any) -> list[Message]:
         messages = _exchange(_instruction(record), answer)
     else:
         keys = ", ".join(map(str, list(record)[:6])) or "none"
-        raise BadRow("malformed", f"no messages, prompt + completion or instruction + response; its keys: {keys}")
+        raise BadRow(
+            "malformed", f"no messages, prompt + completion or instruction + response; its keys: {keys}"
+        )
     return _checked_messages(messages)
 
 
@@ -133,17 +136,23 @@ def _checked_messages(messages: Any) -> list[Message]:
 
 def _checked_message(index: int, message: Any) -> Message:
     if not isinstance(message, Mapping):
-        raise BadRow("malformed", f"message {index} must have role and content, not be {type(message).__name__}")
+        raise BadRow(
+            "malformed", f"message {index} must have role and content, not be {type(message).__name__}"
+        )
     # Parquet fills keys that other rows have with None; only a value is something that would be lost.
     extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
     if extra:
-        raise BadRow("malformed", f"message {index} has {', '.join(map(str, extra))}: only role and content are read")
+        raise BadRow(
+            "malformed", f"message {index} has {', '.join(map(str, extra))}: only role and content are read"
+        )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise BadRow("malformed", f"message {index} has role {role!r}: allowed are {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise BadRow("malformed", f"the content of message {index} must be text, not {type(content).__name__}")
-    if not content.strip():
+        raise BadRow(
+            "malformed", f"the content of message {index} must be text, not {type(content).__name__}"
+        )
+    if not content.strip() and role != "system":  # an empty system turn switches a template's default one off
         raise BadRow("empty", f"message {index} ({role}) has no text")
     return {"role": role, "content": content}
 
@@ -202,7 +211,9 @@ def _path_rows(dataset: str, kind: str) -> Iterator[_Raw]:
         if path.suffix not in SUFFIXES:
             raise UserError(f"dataset={dataset} ends in {path.suffix!r}; readable are {', '.join(SUFFIXES)}")
         if path.suffix == ".txt" and kind == "chat":
-            raise UserError(f"{path} is plain text without conversations; this run needs .jsonl or .parquet rows")
+            raise UserError(
+                f"{path} is plain text without conversations; this run needs .jsonl or .parquet rows"
+            )
         try:
             yield from _READERS[path.suffix](path)
         except OSError as error:
@@ -212,7 +223,9 @@ def _path_rows(dataset: str, kind: str) -> Iterator[_Raw]:
 def _jsonl_rows(path: Path) -> Iterator[_Raw]:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            yield _Raw(path.name, number, _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line))
+            yield _Raw(
+                path.name, number, _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            )
 
 
 def _parsed(line: bytes) -> Any:
@@ -241,7 +254,9 @@ def _parquet_rows(path: Path) -> Iterator[_Raw]:
                 number += 1
                 yield _Raw(path.name, number, value)
     except pa.ArrowException as error:
-        raise UserError(f"{path} is not a readable Parquet file after row {number}: {_first_line(error)}") from error
+        raise UserError(
+            f"{path} is not a readable Parquet file after row {number}: {_first_line(error)}"
+        ) from error
 
 
 def _txt_rows(path: Path) -> Iterator[_Raw]:
@@ -284,7 +299,9 @@ def _synthetic(kind: str, seed: int) -> Iterator[_Raw]:
     nouns, verbs = ("cat", "dog", "king", "queen", "ship", "storm"), ("sees", "follows", "fears", "finds")
     for number in range(1, SYNTHETIC_ROWS + 1):
         one, two, verb = rng.integers(6, size=8), rng.integers(6, size=8), rng.integers(4, size=8)
-        text = " ".join(f"the {nouns[i]} {verbs[j]} the {nouns[k]} ." for i, j, k in zip(one, verb, two, strict=True))
+        text = " ".join(
+            f"the {nouns[i]} {verbs[j]} the {nouns[k]} ." for i, j, k in zip(one, verb, two, strict=True)
+        )
         yield _Raw("synthetic", number, {"text": text})
 
 

@@ -19,7 +19,7 @@ EXAMPLES = st.lists(EXAMPLE, max_size=25)
 
 
 def segments_of(columns):
-    """Every segment of every row as (tokens, targets, loss_mask, positions), read back position by position."""
+    """Every segment of every row as (tokens, targets, loss_mask, positions), read place by place."""
     found = []
     for row in range(len(columns["tokens"])):
         by_segment = {}
