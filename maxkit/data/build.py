@@ -85,7 +85,7 @@ def text_rows(
 
 
 def split_indices(count: int, holdout_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sorted indices (train, held out) of a seeded random split; a fraction above 0 holds out one or more.
+    """The sorted indices (train, held out) of a seeded random split; a fraction above 0 holds out some row.
 
     Raises `UserError` where there are too few rows for two splits.
     """
