@@ -95,9 +95,8 @@ def weight_sharding(letters: str, shape: Sequence[int], mesh: Mesh) -> NamedShar
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
-    """Rows over every batch axis, the other dimensions whole."""
-    axes = ACTIVATIONS["B"]
-    return NamedSharding(mesh, P(axes, *([None] * (ndim - 1))))
+    """Rows over every batch axis, the other dimensions whole; the number of rows must be a multiple of `batch_ways`."""
+    return NamedSharding(mesh, _spec("B" + "T" * (ndim - 1), [batch_ways(mesh)] * ndim, mesh, ACTIVATIONS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -153,8 +152,10 @@ def sharding_of(letters: str, shape: Sequence[int]) -> P | None:
     return None if mesh is None else _spec(letters, shape, mesh, ACTIVATIONS)
 
 
-def einsum(subscripts: str, *operands: jax.Array, preferred_element_type: jnp.dtype | None = None) -> jax.Array:
-    """`jnp.einsum` whose output sharding follows from its letters."""
+def einsum(
+    subscripts: str, *operands: jax.Array, preferred_element_type: jnp.dtype | None = None, like: P | None = None
+) -> jax.Array:
+    """`jnp.einsum` whose output sharding follows from its letters, or is `like` (from `layout`)."""
     inputs, output = subscripts.split("->")
     sizes = {}
     for letters, operand in zip(inputs.split(","), operands, strict=True):
@@ -163,14 +164,17 @@ def einsum(subscripts: str, *operands: jax.Array, preferred_element_type: jnp.dt
         subscripts,
         *operands,
         preferred_element_type=preferred_element_type,
-        out_sharding=sharding_of(output, [sizes[letter] for letter in output]),
+        out_sharding=like or sharding_of(output, [sizes[letter] for letter in output]),
     )
 
 
 def gather_rows(table: jax.Array, ids: jax.Array, letters: str) -> jax.Array:
     """`table[ids]` for a [rows, ...] table that may be sharded; `letters` are those of the result."""
     spec = sharding_of(letters, ids.shape + table.shape[1:])
-    return table[ids] if spec is None else table.at[ids].get(out_sharding=spec)
+    if spec is None:
+        return table[ids]
+    # Gather the table over fsdp first: asking for both moves at once makes the compiler replicate the activations.
+    return constrain(table, "VD").at[ids].get(out_sharding=spec)
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
@@ -184,8 +188,19 @@ def replicate(x: jax.Array) -> jax.Array:
     return x if explicit_mesh() is None else jax.sharding.reshard(x, P(*([None] * x.ndim)))
 
 
-def zeros(shape: Sequence[int], dtype: jnp.dtype, letters: str) -> jax.Array:
-    """Zeros in the layout of their letters, fit to start a scan carry with."""
-    spec = sharding_of(letters, shape)
+def layout(x: jax.Array) -> P | None:
+    """The PartitionSpec in the type of `x` under Explicit axes, else None."""
+    return None if explicit_mesh() is None else jax.typeof(x).sharding.spec
+
+
+def zeros(shape: Sequence[int], dtype: jnp.dtype, letters: str, *, like: P | None = None) -> jax.Array:
+    """Zeros in the layout of their letters (or `like`, from `layout`), fit to start a scan carry with."""
+    spec = like or sharding_of(letters, shape)
     return jnp.zeros(shape, dtype) if spec is None else jnp.zeros(shape, dtype, out_sharding=spec)
 
+
+
+def is_sharded(letter: str, size: int) -> bool:
+    """Whether an activation dimension of this letter and size is divided by the mesh in force."""
+    spec = sharding_of(letter, (size,))
+    return spec is not None and spec[0] is not None

@@ -108,4 +108,3 @@ class Execution(Frozen):
     scan_layers: bool = True
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of activations; weights keep their own")
     remat_policy: Literal["none", "full", "dots"] = "none"
-    attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"

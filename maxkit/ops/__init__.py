@@ -1,1 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Array functions without parameters: attention, tiled cross entropy.
+
+The functions carry the names of their files, so they are imported at once: a lazy name would be shadowed by its module.
+"""
+
+from maxkit.ops.attention import Visibility, attention
+from maxkit.ops.cross_entropy import cross_entropy
+
+__all__ = ["Visibility", "attention", "cross_entropy"]

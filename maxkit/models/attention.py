@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention layer: projections, rotation, cache, and the call of `ops.attention`."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from maxkit import ops
+from maxkit.models.config import BlockSpec, ModelConfig
+from maxkit.models.layers import Make, Projection
+from maxkit.models.rope import rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What all blocks of one call share, computed once: rotations per RoPE base, masks per window, where to write."""
+
+    rotations: dict[float, tuple[jax.Array, jax.Array]]
+    masks: dict[int | None, jax.Array]
+    end_index: jax.Array | None
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, spec: BlockSpec, make: Make):
+        sizes = {"D": config.embed_dim, "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim}
+        bias = config.attention_bias
+        self.query = Projection("BTD,DNH->BTNH", sizes, make.at("query"), bias=bias)
+        self.key = Projection("BTD,DKH->BTKH", sizes, make.at("key"), bias=bias)
+        self.value = Projection("BTD,DKH->BTKH", sizes, make.at("value"), bias=bias)
+        scale = (2 * config.num_layers) ** -0.5
+        self.out = Projection("BTNH,NHD->BTD", sizes, make.at("out"), bias=config.attention_out_bias, scale=scale)
+        self.scale = config.head_dim**-0.5
+        self.theta = spec.rope_theta or config.rope_theta
+        self.window = spec.sliding_window
+
+    def __call__(
+        self, x: jax.Array, context: Context, cache: dict[str, jax.Array] | None
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        """x [B, T, D] and this layer's cache {"k", "v": [B, S, K, H]} to the output and the cache with T more tokens."""
+        cos, sin = context.rotations[self.theta]
+        query, key, value = rotate(self.query(x), cos, sin), rotate(self.key(x), cos, sin), self.value(x)
+        if cache is not None:
+            cache = {
+                "k": write(cache["k"], key, context.end_index),
+                "v": write(cache["v"], value, context.end_index),
+            }
+            key, value = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
+        return self.out(ops.attention(query, key, value, context.masks[self.window], scale=self.scale)), cache
+
+
+def write(slots: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """slots [B, S, ...] with new [B, T, ...] written from slot start [B] on, row by row."""
+    update = jax.vmap(lambda row, fresh, at: jax.lax.dynamic_update_slice_in_dim(row, fresh, at, axis=0))
+    return update(slots, new.astype(slots.dtype), start)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters and the small layers made of them: projection, RMS norm, embedding, gated MLP.
+
+A parameter is declared once, with shape, letters and initialiser; sharding, checkpoint address and optimizer role are
+derived from that. Next to read: `attention.py`, `decoder.py`.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxkit import mesh
+from maxkit.models.config import ModelConfig
+from maxkit.models.lora import LoraConfig
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Make:
+    """Makes the parameters below `path`, for one layer, for a stack of layers (axis 0), or for none.
+
+    The key of a value is folded from the canonical path (no block or layer number in it) and the layer number: one seed
+    gives equal weights scanned and unrolled, and adding a parameter changes no other.
+    """
+
+    key: jax.Array
+    dtype: jnp.dtype
+    lora: LoraConfig | None = None
+    path: str = ""
+    layers: tuple[int, ...] | None = None
+    stacked: bool = False
+
+    def at(self, name: str) -> "Make":
+        return dataclasses.replace(self, path=f"{self.path}/{name}" if self.path else name)
+
+    def for_layers(self, layers: tuple[int, ...], stacked: bool) -> "Make":
+        return dataclasses.replace(self, layers=layers, stacked=stacked)
+
+    def __call__(
+        self, name: str, shape: tuple[int, ...], letters: str, initializer: Initializer, kind: type = nnx.Param
+    ) -> nnx.Param:
+        """A parameter [*shape], or [L, *shape] in a stack. `letters` is kept as metadata, with L in front of a stack."""
+        key = jax.random.fold_in(self.key, zlib.crc32(f"{self.path}/{name}".encode()))
+        if self.layers is None:
+            return kind(initializer(key, shape, self.dtype), letters=letters)
+        if not self.stacked:
+            return kind(initializer(jax.random.fold_in(key, self.layers[0]), shape, self.dtype), letters=letters)
+        draw = jax.vmap(lambda layer: initializer(jax.random.fold_in(key, layer), shape, self.dtype))
+        return kind(draw(jnp.asarray(self.layers, jnp.uint32)), letters="L" + letters)
+
+
+def normal(std: float) -> Initializer:
+    """Normal with mean 0."""
+    return lambda key, shape, dtype: (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """All 0."""
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """All 1."""
+    return jnp.ones(shape, dtype)
+
+
+class Projection(nnx.Module):
+    """A matrix product written as an einsum, with optional bias and optional LoRA adapter beside it.
+
+    `subscripts` such as "BTD,DNH->BTNH"; weights are cast to the type of the input, products of bfloat16 accumulate in
+    float32. The adapter adds (alpha / rank) * x A B (Hu et al. 2021, arXiv 2106.09685), A random, B zero.
+    """
+
+    def __init__(self, subscripts: str, sizes: dict[str, int], make: Make, *, bias: bool = False, scale: float = 1.0):
+        """`sizes` gives every letter's size; `scale` multiplies the initial standard deviation fan_in ** -0.5."""
+        inputs, self.outputs = subscripts.split("->")
+        self.inputs, letters = inputs.split(",")
+        contracted = [letter for letter in letters if letter not in self.outputs]
+        produced = "".join(letter for letter in letters if letter in self.outputs)
+        fan_in = math.prod(sizes[letter] for letter in contracted)
+        self.letters = letters
+        self.kernel = make("kernel", _shape(letters, sizes), letters, normal(scale * fan_in**-0.5))
+        self.bias = make("bias", _shape(produced, sizes), produced, zeros) if bias else None
+        self.adapted = make.lora is not None and make.lora.covers(make.path)
+        if self.adapted:
+            rank, down = {"R": make.lora.rank}, "".join(contracted) + "R"
+            self.lora_scale = make.lora.alpha / make.lora.rank
+            self.lora_a = make("lora_a", _shape(down, sizes | rank), down, normal(fan_in**-0.5), nnx.LoRAParam)
+            self.lora_b = make("lora_b", _shape("R" + produced, sizes | rank), "R" + produced, zeros, nnx.LoRAParam)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = mesh.einsum(f"{self.inputs},{self.letters}->{self.outputs}", x, self.kernel[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + mesh.replicate(self.bias[...].astype(x.dtype))
+        if self.adapted:
+            down, up = self._lora_letters()
+            low = mesh.einsum(f"{self.inputs},{down}->BTR", x, self.lora_a[...].astype(x.dtype))
+            y = y + self.lora_scale * mesh.einsum(f"BTR,{up}->{self.outputs}", low, self.lora_b[...].astype(x.dtype))
+        return y
+
+    def _lora_letters(self) -> tuple[str, str]:
+        contracted = "".join(letter for letter in self.letters if letter not in self.outputs)
+        produced = "".join(letter for letter in self.letters if letter in self.outputs)
+        return contracted + "R", "R" + produced
+
+
+def _shape(letters: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[letter] for letter in letters)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last dimension, computed in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float, make: Make, letter: str = "D"):
+        self.scale = make("scale", (dim,), letter, ones)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table [V, D] read by token id."""
+
+    def __init__(self, vocab_size: int, dim: int, make: Make):
+        self.table = make("table", (vocab_size, dim), "VD", normal(0.02))
+
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return mesh.gather_rows(self.table[...], tokens, "BTD").astype(dtype)
+
+
+class GatedMlp(nnx.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, make: Make):
+        sizes = {"D": config.embed_dim, "F": config.mlp_dim}
+        self.activation = config.activation
+        self.gate = Projection("BTD,DF->BTF", sizes, make.at("gate"), bias=config.mlp_bias)
+        self.up = Projection("BTD,DF->BTF", sizes, make.at("up"), bias=config.mlp_bias)
+        scale = (2 * config.num_layers) ** -0.5  # residual branches start small (GPT-2)
+        self.down = Projection("BTF,FD->BTD", sizes, make.at("down"), bias=config.mlp_bias, scale=scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(ACTIVATION[self.activation](self.gate(x)) * self.up(x))
+
+
+ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}

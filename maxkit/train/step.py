@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step: the only `jax.jit` of training, for every objective.
+
+    weights of the whole update  ->  micro-batches: gradients only add  ->  optimizer  ->  new state and metrics
+
+The state is donated. Next to read: `loop.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maxkit.models.definition import ModelDefinition
+from maxkit.types import Batch, LossOut, TrainState, Tree
+
+Metrics = dict[str, jax.Array]
+
+
+class Objective(Protocol):
+    """What `objectives` promises."""
+
+    def weights(self, batch: Batch) -> dict[str, jax.Array]: ...
+
+    def __call__(self, model: Any, batch: Batch, frozen: Any, weights: dict[str, jax.Array]) -> LossOut: ...
+
+
+def train_step(
+    definition: ModelDefinition,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    gradient_accumulation_steps: int = 1,
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
+    """A function (state, batch, frozen) -> (state, metrics), not yet compiled; `compile_train_step` compiles it.
+
+    The batch holds the rows of the whole update; micro-batch m takes rows m, m + A, m + 2A, ... (strided, so that rows
+    sharded over devices stay where they are). `frozen` reaches the objective undifferentiated.
+    """
+
+    def loss_of(trained: Tree, base: Tree, batch: Batch, frozen: Any, weights: dict) -> tuple[jax.Array, LossOut]:
+        out = objective(definition.merge(definition.join(trained, base)), batch, frozen, weights)
+        return out.loss, out
+
+    gradients_of = jax.value_and_grad(loss_of, has_aux=True)
+
+    def step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, Metrics]:
+        weights = objective.weights(batch)
+        if gradient_accumulation_steps == 1:
+            (_, out), gradients = gradients_of(state.params, state.base, batch, frozen, weights)
+        else:
+            gradients, out = _accumulate(
+                lambda micro: gradients_of(state.params, state.base, micro, frozen, weights),
+                _micro_batches(batch, gradient_accumulation_steps),
+                state.params,
+            )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": out.loss, "grad_norm": optax.global_norm(gradients), **out.metrics, **out.maxima}
+        metrics |= {f"weight/{name}": weight for name, weight in weights.items()}
+        return TrainState(state.step + 1, params, state.base, opt_state, state.rng), metrics
+
+    return step
+
+
+def compile_train_step(
+    definition: ModelDefinition,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    gradient_accumulation_steps: int = 1,
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
+    """`train_step` under `jax.jit`, the state donated."""
+    return jax.jit(
+        train_step(definition, objective, optimizer, gradient_accumulation_steps), donate_argnames=("state",)
+    )
+
+
+def eval_step(definition: ModelDefinition, objective: Objective) -> Callable[[Tree, Batch, Any], tuple[dict, dict]]:
+    """A compiled (params, batch, frozen) -> (sums per term, weights per term), to be added over batches by the caller."""
+
+    def step(params: Tree, batch: Batch, frozen: Any = None) -> tuple[dict, dict]:
+        weights = objective.weights(batch)
+        return objective(definition.merge(params), batch, frozen, weights).terms, weights
+
+    return jax.jit(step)
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+    """[B, ...] leaves as [A, B/A, ...]: the new leading axis is strided, because a sharded B cannot be cut in blocks."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _accumulate(gradients_of, micro_batches: Batch, params: Tree) -> tuple[Tree, LossOut]:
+    """The sum over micro-batches of gradients (in float32) and of all but the maxima of LossOut."""
+
+    def add(total: tuple[Tree, LossOut], micro: Batch) -> tuple[tuple[Tree, LossOut], None]:
+        (_, out), gradients = gradients_of(micro)
+        so_far, loss_out = total
+        so_far = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), so_far, gradients)
+        return (so_far, _merge(loss_out, out)), None
+
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    shape = jax.eval_shape(lambda m: gradients_of(m)[0][1], first)
+    nothing = LossOut(
+        loss=jnp.zeros((), jnp.float32),
+        terms=jax.tree.map(lambda s: jnp.zeros((), s.dtype), shape.terms),
+        metrics=jax.tree.map(lambda s: jnp.zeros((), s.dtype), shape.metrics),
+        maxima=jax.tree.map(lambda s: jnp.full((), -jnp.inf, s.dtype), shape.maxima),
+    )
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    (gradients, out), _ = jax.lax.scan(add, (zeros, nothing), micro_batches)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params), out
+
+
+def _merge(a: LossOut, b: LossOut) -> LossOut:
+    add = lambda x, y: x + y  # noqa: E731
+    return LossOut(
+        loss=a.loss + b.loss,
+        terms=jax.tree.map(add, a.terms, b.terms),
+        metrics=jax.tree.map(add, a.metrics, b.metrics),
+        maxima=jax.tree.map(jnp.maximum, a.maxima, b.maxima),
+    )
