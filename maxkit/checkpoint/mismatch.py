@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a checkpoint does not fit a state: every difference at once, with the setting that is likely behind it. No JAX.
+
+Next to read: `store.py`.
+"""
+
+import re
+from collections.abc import Mapping
+
+from maxkit.errors import UserError
+
+Leaf = tuple[tuple[int, ...], str]  # shape, dtype
+
+# The letters of a parameter's shape (docs/design/001-architecture.md), by the end of its path, unstacked.
+_LETTERS = {
+    "embed/table": "VD",
+    "head/kernel": "VD",
+    "norm/scale": "D",
+    "query_norm/scale": "H",
+    "key_norm/scale": "H",
+    "query/kernel": "DNH",
+    "key/kernel": "DKH",
+    "value/kernel": "DKH",
+    "out/kernel": "NHD",
+    "query/bias": "NH",
+    "key/bias": "KH",
+    "value/bias": "KH",
+    "out/bias": "D",
+    "gate/kernel": "DF",
+    "up/kernel": "DF",
+    "down/kernel": "FD",
+    "gate/bias": "F",
+    "up/bias": "F",
+    "down/bias": "D",
+}
+_FIELDS = {
+    "V": "vocab_size",
+    "D": "embed_dim",
+    "F": "mlp_dim",
+    "N": "num_heads",
+    "K": "num_kv_heads",
+    "H": "head_dim",
+    "L": "num_layers",
+    "R": "lora_rank",
+}
+_LAYER = re.compile(r"/(block|layer)_(\d+)/")
+
+
+def mismatches(expected: Mapping[str, Leaf], found: Mapping[str, Leaf]) -> list[str]:
+    """One line per leaf that differs: path, what the run expects, what the checkpoint has, and the setting to look at."""
+    lines = []
+    other_layout = {_layout(path) for path in expected} - {None} != {_layout(path) for path in found} - {None}
+    for path in sorted(expected.keys() | found.keys()):
+        if path not in found:
+            hint = _hint_of_presence(path, expected, found, other_layout)
+            lines.append(f"{path}: expected {_text(expected[path])}, found nothing{hint}")
+        elif path not in expected:
+            hint = _hint_of_presence(path, expected, found, other_layout)
+            lines.append(f"{path}: expected nothing, found {_text(found[path])}{hint}")
+        elif expected[path] != found[path]:
+            hint = _hint_of_leaf(path, expected[path], found[path])
+            lines.append(f"{path}: expected {_text(expected[path])}, found {_text(found[path])}{hint}")
+    return lines
+
+
+def check(where: object, expected: Mapping[str, Leaf], found: Mapping[str, Leaf]) -> None:
+    """Compare two trees of leaves.
+
+    Raises:
+        UserError: they differ; lists every difference.
+    """
+    lines = mismatches(expected, found)
+    if lines:
+        count = f"{len(lines)} difference{'s' if len(lines) > 1 else ''}"
+        raise UserError(
+            f"{where} does not fit this run ({count}). Set the parameters as the checkpoint was made, "
+            "or use another run_dir:\n  " + "\n  ".join(lines)
+        )
+
+
+def _text(leaf: Leaf) -> str:
+    shape, dtype = leaf
+    return f"{dtype}[{', '.join(map(str, shape))}]"
+
+
+def _layout(path: str) -> str | None:
+    match = _LAYER.search(path)
+    return match.group(1) if match else None
+
+
+def _hint(*fields: str) -> str:
+    return f" -> {', '.join(fields)}" if fields else ""
+
+
+def _hint_of_presence(path: str, expected: Mapping, found: Mapping, other_layout: bool) -> str:
+    """The setting that makes a leaf appear on one side only."""
+    if path.rsplit("/", 1)[-1] in ("lora_a", "lora_b"):
+        return _hint("lora_rank")
+    if path.startswith("opt_state/"):
+        # A moment that only one side has, of a weight that both have (or of none: a counter).
+        weight = next(
+            (p for p in (*expected, *found) if p.startswith("params/") and path.endswith(p[6:])), None
+        )
+        if weight is None or (weight in expected and weight in found):
+            return _hint("optimizer")
+    if other_layout and _LAYER.search(path):
+        return _hint("scan_layers")
+    if _LAYER.search(path):
+        return _hint("num_layers", "model")
+    if path.endswith("head/kernel"):
+        return _hint("tie_embeddings", "model")
+    return _hint("model")
+
+
+def _hint_of_leaf(path: str, expected: Leaf, found: Leaf) -> str:
+    """The settings behind a dimension or dtype that differs."""
+    shape, found_shape = expected[0], found[0]
+    if shape == found_shape:
+        return _hint("dtype of the weights")
+    letters = next((v for k, v in _LETTERS.items() if path.endswith(k)), None)
+    if path.endswith("lora_a") or path.endswith("lora_b"):
+        return _hint("lora_rank", "model")
+    if letters is None or len(shape) != len(found_shape):
+        return _hint("model")
+    if "/block_" in path and len(shape) == len(letters) + 1:
+        letters = "L" + letters
+    if len(letters) != len(shape):
+        return _hint("model")
+    differing = [_FIELDS[x] for x, a, b in zip(letters, shape, found_shape, strict=True) if a != b]
+    return _hint(*dict.fromkeys(differing))
