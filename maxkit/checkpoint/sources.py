@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of models, and where their files come from.
 
-`resolve` turns what a user gives as `model=` into a path that a reader opens. Not here: the cache and the downloads
-(`maxkit/fetch.py`) and the readers (`maxkit/formats/`).
+`resolve` turns what a user gives as `model=` into a path that a reader opens. Not here: the cache and the
+downloads (`maxkit/fetch.py`) and the readers (`maxkit/formats/`).
 """
 
 import re
@@ -13,7 +13,8 @@ from maxkit.errors import UserError, nearest
 from maxkit.fetch import HUB_TIMEOUT_S, HubFile, Wheel, fetch_file, first_line
 
 HUB_PREFIX = "hf:"
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "chat_template.jinja"]  # what the readers open
+# What the readers open.
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "chat_template.jinja"]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -46,15 +47,17 @@ MODELS: dict[str, NamedFile | str] = {
         ),
     ),
     # The original bfloat16 weights; needs the hub.
-    "smollm2-135m-instruct-hub": "hf:HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac",
+    "smollm2-135m-instruct-hub": (
+        "hf:HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac"
+    ),
 }
 
 
 def resolve(model: str | Path) -> Path:
     """Return the file or folder of a model.
 
-    `model` is a path that exists, a name in `MODELS`, or `hf:owner/name[@revision]`. Raises UserError, with the nearest
-    name for an unknown one.
+    `model` is a path that exists, a name in `MODELS`, or `hf:owner/name[@revision]`. Raises UserError, with
+    the nearest name for an unknown one.
     """
     text = str(model)
     path = Path(text).expanduser()
@@ -94,7 +97,8 @@ def _snapshot(address: str) -> Path:
         )
     except Exception as error:  # the hub client raises its HTTP library's own classes
         raise UserError(
-            f"model={address!r}: the model hub gave no files ({type(error).__name__}: {first_line(error)}). Check the "
-            "name and the connection, or download the repository elsewhere and give its folder as model="
+            f"model={address!r}: the model hub gave no files ({type(error).__name__}: "
+            f"{first_line(error)}). Check the name and the connection, or give a "
+            "folder with the repository's files as model="
         ) from None
     return Path(folder)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat messages to text with a model's own template, and to tokens with a mask of what the assistant said.
 
-The mask comes from character offsets, never from token ids: in SmolLM2 the padding token is the token that ends a turn.
-Templates are programs of strangers, so they run in Jinja's sandbox. Not here: packing and batches (`packing.py`).
+The mask comes from character offsets, never from token ids: in SmolLM2 the padding token is the token that
+ends a turn. Templates are programs of strangers, so they run in Jinja's sandbox. Not here: packing and
+batches (`packing.py`).
 """
 
 import datetime
@@ -27,20 +28,24 @@ Span = tuple[int, int]  # characters [start, end)
 
 
 def check_messages(messages: Sequence[Message], *, training: bool = False) -> None:
-    """Raise a UserError that names the first problem: not a list, unknown role, content that is no string, no turn.
+    """Raise a UserError that names the first problem: not a list, unknown role, content that is no string.
 
     For `training` at least one assistant turn with text is needed, and it must not be the first turn.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+    if not isinstance(messages, list | tuple) or not messages:
         raise UserError("messages must be a non-empty list of {'role': ..., 'content': ...}")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise UserError(f"message {number} is a {type(message).__name__}, not {{'role': ..., 'content': ...}}")
+            raise UserError(
+                f"message {number} is a {type(message).__name__}, not {{'role': ..., 'content': ...}}"
+            )
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"message {number} has role {role!r}; allowed: {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise UserError(f"message {number} ({role}) has content of type {type(content).__name__}; it must be a string")
+            raise UserError(
+                f"message {number} ({role}) has content of type {type(content).__name__}; it must be a string"
+            )
         if training and role == "assistant" and not content.strip():
             raise UserError(f"message {number} (assistant) has empty content")
     if training and not any(message["role"] == "assistant" for message in messages):
@@ -52,23 +57,25 @@ def check_messages(messages: Sequence[Message], *, training: bool = False) -> No
 def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
     """Return the text of a conversation by the tokenizer's chat template.
 
-    `add_generation_prompt` ends it with the opening of an assistant turn. Raises UserError for bad messages, a tokenizer
-    without a template and a template that refuses the conversation.
+    `add_generation_prompt` ends it with the opening of an assistant turn. Raises UserError for bad messages,
+    a tokenizer without a template and a template that refuses the conversation.
     """
     check_messages(messages)
     return _render_spans(tokenizer, messages, add_generation_prompt)[0]
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Return the ids of a conversation and its assistant mask (1 = content of an assistant turn or the token ending it).
+    """Return the ids of a conversation and its assistant mask.
 
-    A template with `{% generation %}` blocks says itself what is masked; otherwise an assistant turn is the text that
-    appears behind the generation prompt. A token that begins before the turn is not in it.
-    Raises UserError for a row that cannot be trained on, naming the turn.
+    The mask is 1 for the content of an assistant turn and the token that ends it.
+
+    A template with `{% generation %}` blocks says itself what is masked; otherwise an assistant turn is the
+    text that appears behind the generation prompt. A token that begins before the turn is not in it. Raises
+    UserError for a row that cannot be trained on, naming the turn.
     """
     check_messages(messages, training=True)
     text, spans = _render_spans(tokenizer, messages, False)
-    if "generation" not in _compiled(_template_of(tokenizer)).blocks_used:
+    if not _compiled(_template_of(tokenizer)).marks_generation:
         spans = list(_turn_spans(tokenizer, messages, text))
     ids, offsets = tokenizer.encode_with_offsets(text)
     return ids, _mask(offsets, spans)
@@ -85,7 +92,7 @@ def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
 
 
 def _turn_spans(tokenizer: Tokenizer, messages: Sequence[Message], text: str) -> Iterator[Span]:
-    """Each assistant turn in the rendered text: from behind the generation prompt to the token that ends the turn."""
+    """Each assistant turn in the text: from behind the generation prompt to the token that ends it."""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -93,10 +100,12 @@ def _turn_spans(tokenizer: Tokenizer, messages: Sequence[Message], text: str) ->
         after = _render_spans(tokenizer, messages[: number + 1], False)[0]
         if not after.startswith(before) or not text.startswith(after):
             raise UserError(
-                f"message {number} (assistant): the chat template writes this turn differently depending on what follows "
-                "it, so what the model says cannot be marked; use a template with {% generation %} blocks"
+                f"message {number} (assistant): the chat template writes this turn differently depending on "
+                "what follows it, so what the model says cannot be marked; use a template that has "
+                "{% generation %} blocks"
             )
-        # White space behind the end of the turn (a line break in ChatML) belongs to the template, not to the model.
+        # White space behind the end of the turn (a line break in ChatML) belongs to the template, not to the
+        # model.
         yield len(before), len(after.rstrip())
 
 
@@ -121,7 +130,9 @@ def _render_spans(tokenizer: Tokenizer, messages: Sequence[Message], prompt: boo
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template refuses this conversation: {str(error)[:200]}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"the chat template fails on this conversation: {type(error).__name__}: {error}") from None
+        raise UserError(
+            f"the chat template fails on this conversation: {type(error).__name__}: {error}"
+        ) from None
     return _take_marks(marked, compiled.mark)
 
 
@@ -136,7 +147,7 @@ def _take_marks(marked: str, mark: str) -> tuple[str, list[Span]]:
 
 
 class _Compiled:
-    """A compiled template, the mark it puts around generation blocks, and which extra blocks it uses."""
+    """A compiled template, the mark it puts around generation blocks, and whether it has any."""
 
     def __init__(self, source: str) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -146,10 +157,10 @@ class _Compiled:
         )
         environment.filters["tojson"] = _tojson
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-        self.mark = f"\x02{secrets.token_hex(16)}\x02"  # cannot be guessed, so no message can contain it
-        self.blocks_used: set[str] = set()
-        environment.extend(generation_mark=self.mark, blocks_used=self.blocks_used)
         self._template = environment.from_string(source)
+        block = environment.extensions[_GenerationBlock.identifier]
+        assert isinstance(block, _GenerationBlock)
+        self.mark, self.marks_generation = block.mark, block.used
 
     def render(self, **names: Any) -> str:
         return self._template.render(**names)
@@ -168,15 +179,19 @@ class _GenerationBlock(jinja2.ext.Extension):
 
     tags = {"generation"}
 
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.mark = f"\x02{secrets.token_hex(16)}\x02"  # cannot be guessed, so no message can contain it
+        self.used = False
+
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        self.environment.blocks_used.add("generation")
+        self.used = True
         return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
     def _marked(self, caller: Callable[[], str]) -> str:
-        mark = self.environment.generation_mark
-        return f"{mark}{caller()}{mark}"
+        return f"{self.mark}{caller()}{self.mark}"
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back: one class around `tokenizers`, however the vocabulary was stored.
 
-Here: Hugging Face files, GGUF metadata, a byte-level BPE trained in the run, and writing the Hugging Face files. Not here:
-chat templates (`chat.py`). Special tokens are never added by `encode`, but their spelling in the text is recognised.
+Here: Hugging Face files, GGUF metadata, a byte-level BPE trained in the run, and writing the Hugging Face
+files. Not here: chat templates (`chat.py`). Special tokens are never added by `encode`, but their spelling in
+the text is recognised.
 """
 
 import json
@@ -29,19 +30,19 @@ _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 class Tokenizer:
     """A vocabulary with its special tokens and chat template.
 
-    `bos_id`, `eos_id`, `pad_id` are None where the source names no such token. pad may equal eos (SmolLM2): mask by
-    position, never by id.
+    `bos_id`, `eos_id`, `pad_id` are None where the source names no such token. pad may equal eos (SmolLM2):
+    mask by position, never by id.
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         *,
-        special: Mapping[str, str] | None = None,
+        special: Mapping[str, str | None] | None = None,
         chat_template: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """`special` maps bos, eos, pad, unk to the token's text; `settings` are further tokenizer_config.json entries."""
+        """`special`: bos, eos, pad, unk -> the token's text; `settings`: more of tokenizer_config.json."""
         self.backend = backend
         self.special = {role: text for role, text in (special or {}).items() if text is not None}
         self.chat_template = chat_template
@@ -134,7 +135,8 @@ class Tokenizer:
         named = _read_json(directory / "special_tokens_map.json") | settings
         special = {role: _text(named.get(f"{role}_token")) for role in ROLES}
         template = _template(directory, settings.get("chat_template"))
-        kept = {k: v for k, v in settings.items() if k != "chat_template" and k.removesuffix("_token") not in ROLES}
+        handled = {"chat_template", *(f"{role}_token" for role in ROLES)}
+        kept = {key: value for key, value in settings.items() if key not in handled}
         return cls(backend, special=special, chat_template=template, settings=kept)
 
     @classmethod
@@ -146,11 +148,17 @@ class Tokenizer:
         """
         kind = metadata.get("tokenizer.ggml.model")
         if kind != "gpt2":
-            raise UserError(f"GGUF metadata tokenizer.ggml.model={kind!r}: only 'gpt2' (byte-level BPE) is read")
+            raise UserError(
+                f"GGUF metadata tokenizer.ggml.model={kind!r}: only 'gpt2' (byte-level BPE) is read"
+            )
         pre = metadata.get("tokenizer.ggml.pre", "default")
         if pre not in _PRE_TOKENIZERS:
-            raise UserError(f"GGUF metadata tokenizer.ggml.pre={pre!r}: known are {', '.join(_PRE_TOKENIZERS)}")
-        tokens, merges = _strings(metadata, "tokenizer.ggml.tokens"), _strings(metadata, "tokenizer.ggml.merges")
+            known = ", ".join(_PRE_TOKENIZERS)
+            raise UserError(f"GGUF metadata tokenizer.ggml.pre={pre!r}: known are {known}")
+        tokens, merges = (
+            _strings(metadata, "tokenizer.ggml.tokens"),
+            _strings(metadata, "tokenizer.ggml.merges"),
+        )
         pairs = [tuple(merge.split(" ")) for merge in merges]
         vocabulary = {text: number for number, text in enumerate(tokens)}
         if len(vocabulary) != len(tokens):
@@ -166,7 +174,7 @@ class Tokenizer:
             number = metadata.get(f"tokenizer.ggml.{key}_token_id")
             if number is not None:
                 if not isinstance(number, int) or not 0 <= number < len(tokens):
-                    raise UserError(f"GGUF metadata tokenizer.ggml.{key}_token_id={number!r} is not in the vocabulary")
+                    raise UserError(f"GGUF metadata tokenizer.ggml.{key}_token_id={number!r} is not a token")
                 special[role] = tokens[number]
         return cls(backend, special=special, chat_template=metadata.get("tokenizer.chat_template"))
 
@@ -174,11 +182,11 @@ class Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE on the texts; the same texts give the same vocabulary.
 
-    Id 0 is `<|endoftext|>` (bos, eos and pad). The vocabulary is smaller than asked where the text has too few pairs.
-    Raises UserError below 257 = every byte and the special token.
+    Id 0 is `<|endoftext|>` (bos, eos and pad). The vocabulary is smaller than asked where the text has too
+    few pairs. Raises UserError below 257 = every byte and the special token.
     """
     if vocab_size < 257:
-        raise UserError(f"vocab_size={vocab_size}: a byte-level vocabulary needs at least 257 (256 bytes and one special)")
+        raise UserError(f"vocab_size={vocab_size}: at least 257 are needed (256 bytes and one special token)")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -220,7 +228,9 @@ def _added_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> list[AddedT
     if types is None:
         return []
     if len(types) != len(tokens):
-        raise UserError(f"GGUF metadata tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+        raise UserError(
+            f"GGUF metadata tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens"
+        )
     return [
         AddedToken(text, special=int(kind) == 3, normalized=False)
         for text, kind in zip(tokens, types, strict=True)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files (versions 2 and 3): metadata, tensor directory, dequantised tensors, and the same file as a model.
+"""GGUF files (versions 2 and 3): metadata, tensor directory, dequantised tensors, and the same file as a
+model.
 
-`GGUFFile` knows the container and nothing about models: it is written for files that may be damaged or hostile, so every
-length is compared with the bytes that are there before anything is allocated. `GGUFReader` gives tensors by their
-canonical address. Not here: writing GGUF, K-quants (refused by name). Next to read: `tables.py`.
+`GGUFFile` knows the container and nothing about models: it is written for files that may be damaged or
+hostile, so every length is compared with the bytes that are there before anything is allocated. `GGUFReader`
+gives tensors by their canonical address. Not here: writing GGUF, K-quants (refused by name). Next to read:
+`tables.py`.
 """
 
 import math
@@ -27,12 +29,13 @@ MAX_DIMS = 4
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-# Tensor types by their number in the file. Only those in `_BLOCKS` are decoded, the others are refused by name.
+# Tensor types by their number in the file. Only those in `_BLOCKS` are decoded.
 _TYPE_NAMES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
-    12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
-    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K",
+    11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS",
+    18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8",
+    25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0",
+    39: "MXFP4",
 }  # fmt: skip
 # name -> (elements in a block, bytes of a block)
 _BLOCKS = {
@@ -42,7 +45,7 @@ _BLOCKS = {
 
 
 class TensorInfo(NamedTuple):
-    """One entry of the tensor directory; `shape` in numpy order ([out, in]), `start` in bytes from the file's begin."""
+    """One entry of the tensor directory; `shape` in numpy order ([out, in]), `start` a byte of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,8 +63,8 @@ class _Cursor:
 
     def fail(self, problem: str) -> UserError:
         return UserError(
-            f"{self.path}: not a valid GGUF file: {problem} ({self.reading}, byte {self.position} of {self.size}). "
-            "Fetch the file again"
+            f"{self.path}: not a valid GGUF file: {problem} ({self.reading}, byte "
+            f"{self.position} of {self.size}). Fetch the file again"
         )
 
     def take(self, letter: str) -> Any:
@@ -73,7 +76,7 @@ class _Cursor:
         return value
 
     def count(self, min_bytes: int, what: str) -> int:
-        """A 64-bit count of things of at least `min_bytes` each, refused when the rest of the file cannot hold them."""
+        """A 64-bit count of things of at least `min_bytes` each, refused if the file cannot hold them."""
         count = self.take("Q")
         if count > (self.size - self.position) // min_bytes:
             raise self.fail(f"{count} {what} cannot fit in the rest of the file")
@@ -135,9 +138,11 @@ class _Cursor:
 
 
 class GGUFFile:
-    """A GGUF file: `metadata` (name -> Python value, list of strings or numpy array) and `tensors` (name -> TensorInfo).
+    """A GGUF file: `metadata` (name -> Python value, list of strings or numpy array) and `tensors` (name ->
+    TensorInfo).
 
-    Raises UserError, naming the key or tensor and the byte offset, for anything that is not a well-formed file.
+    Raises UserError, naming the key or tensor and the byte offset, for anything that is not a well-formed
+    file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -161,7 +166,9 @@ class GGUFFile:
         if version not in (2, 3):
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
             order = " in big-endian byte order" if swapped in (2, 3) else ""
-            raise cursor.fail(f"version {swapped if order else version}{order}; versions 2 and 3, little-endian, are read")
+            raise cursor.fail(
+                f"version {swapped if order else version}{order}; versions 2 and 3, little-endian, are read"
+            )
         return cursor.count(24, "tensors"), cursor.count(13, "metadata keys")
 
     @staticmethod
@@ -244,8 +251,9 @@ class GGUFFile:
 def dequantize(raw: np.ndarray, type_name: str) -> np.ndarray:
     """Decode a whole number of blocks (uint8, one dimension) to float32, one dimension.
 
-    Checked bit for bit against the `gguf` package. A block is a float16 scale, for the `_1` types a float16 minimum, for
-    the 5-bit types 32 high bits, then 4-bit values (low nibbles are elements 0 to 15) or signed bytes.
+    Checked bit for bit against the `gguf` package. A block is a float16 scale, for the `_1` types a float16
+    minimum, for the 5-bit types 32 high bits, then 4-bit values (low nibbles are elements 0 to 15) or signed
+    bytes.
     """
     if type_name == "F32":
         return raw.view("<f4").astype(np.float32)
@@ -275,8 +283,8 @@ def dequantize(raw: np.ndarray, type_name: str) -> np.ndarray:
 class GGUFReader:
     """A GGUF file as a model: config, tokenizer, and tensors by canonical address (float32).
 
-    `dtypes` counts the file's tensors by stored type. Raises UserError for a damaged file, an unknown architecture, or a
-    metadata value that would change the maths in a way that is not supported.
+    `dtypes` counts the file's tensors by stored type. Raises UserError for a damaged file, an unknown
+    architecture, or a metadata value that would change the maths in a way that is not supported.
     """
 
     format = "gguf"
@@ -289,15 +297,21 @@ class GGUFReader:
         self.dtypes = dict(Counter(info.type for info in self.file.tensors.values()))
         for key, rearrangement in self._table.entries.values():
             if key not in self.file.tensors:
-                raise UserError(f"{path}: tensor {key!r} is missing; the file is incomplete or not of this family")
+                raise UserError(
+                    f"{path}: tensor {key!r} is missing; the file is incomplete or not of this family"
+                )
             stored = self.file.tensors[key].shape
             if stored != rearrangement.foreign_shape:
                 wanted = list(rearrangement.foreign_shape)
-                raise UserError(f"{path}: tensor {key!r} has shape {list(stored)}, the metadata says {wanted}")
+                raise UserError(
+                    f"{path}: tensor {key!r} has shape {list(stored)}, the metadata says {wanted}"
+                )
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer in the metadata, None if there is none. Raises UserError for a kind that is not supported."""
-        return Tokenizer.from_gguf(self.file.metadata) if "tokenizer.ggml.model" in self.file.metadata else None
+        """The tokenizer in the metadata, None if there is none. Raises UserError for an unknown kind."""
+        return (
+            Tokenizer.from_gguf(self.file.metadata) if "tokenizer.ggml.model" in self.file.metadata else None
+        )
 
     def addresses(self) -> list[Address]:
         """Every (canonical path, layer number or None), in file order."""
@@ -319,8 +333,16 @@ class GGUFReader:
 
 
 _ROPE_FACTORS = "rope_freqs.weight"
-_REFUSED_IF_SET = ("expert_count", "expert_used_count", "attention.sliding_window", "attention.scale", "logit_scale",
-                   "embedding_scale", "residual_scale", "rope.scaling.yarn_log_multiplier")  # fmt: skip
+_REFUSED_IF_SET = (
+    "expert_count",
+    "expert_used_count",
+    "attention.sliding_window",
+    "attention.scale",
+    "logit_scale",
+    "embedding_scale",
+    "residual_scale",
+    "rope.scaling.yarn_log_multiplier",
+)
 
 
 class _Settings:
@@ -328,11 +350,12 @@ class _Settings:
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
-        self.family = file.metadata.get("general.architecture")
+        self.family = str(file.metadata.get("general.architecture"))
         families = [family for family, known in TABLES if known == "gguf"]
         if self.family not in families:
             raise UserError(
-                f"{file.path}: general.architecture={self.family!r} is not supported; known: {', '.join(families)}"
+                f"{file.path}: general.architecture={self.family!r} is not supported; "
+                f"known: {', '.join(families)}"
             )
 
     def fail(self, key: str, problem: str) -> UserError:
@@ -359,7 +382,9 @@ class _Settings:
             if self.number(key, head_dim) != head_dim:
                 raise self.fail(key, f"differs from the head width {head_dim}, which is not supported")
         if "token_embd.weight" not in tensors:
-            raise UserError(f"{self.file.path}: tensor 'token_embd.weight' is missing; is this a vocabulary-only file?")
+            raise UserError(
+                f"{self.file.path}: tensor 'token_embd.weight' is missing; is this a vocabulary-only file?"
+            )
         if self.number("block_count") > len(tensors):
             raise self.fail("block_count", f"is more than the {len(tensors)} tensors of the file")
         try:
@@ -385,7 +410,9 @@ class _Settings:
             raise
         except ValueError as error:
             lines = str(error).splitlines()
-            raise UserError(f"{self.file.path}: the metadata describes no possible model: {' '.join(lines[1:3])}") from None
+            raise UserError(
+                f"{self.file.path}: the metadata describes no possible model: {' '.join(lines[1:3])}"
+            ) from None
 
     def rope_scaling(self, head_dim: int) -> RopeScaling | None:
         kind = self.file.metadata.get(f"{self.family}.rope.scaling.type", "none")
@@ -404,8 +431,8 @@ class _Settings:
     def llama3_scaling(self, head_dim: int) -> RopeScaling:
         """Find the parameters of Llama 3's scaling behind the stored per-frequency divisors, or refuse.
 
-        The file keeps only the result. The released models use low 1, high 4, original length 8192 and a factor that is
-        the largest divisor; this is accepted only if it reproduces every stored value.
+        The file keeps only the result. The released models use low 1, high 4, original length 8192 and a
+        factor that is the largest divisor; this is accepted only if it reproduces every stored value.
         """
         stored = self.file.read(_ROPE_FACTORS).reshape(-1)
         theta = _shortest(self.number("rope.freq_base", 10000.0, float))
@@ -415,7 +442,9 @@ class _Settings:
         ramp = np.clip((8192 / wavelength - 1.0) / 3.0, 0.0, 1.0)  # 0: divided by the factor, 1: left alone
         expected = 1.0 / ((1 - ramp) / scaling.factor + ramp)
         if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
-            raise UserError(f"{self.file.path}: tensor {_ROPE_FACTORS!r} is no Llama 3 scaling that is known here")
+            raise UserError(
+                f"{self.file.path}: tensor {_ROPE_FACTORS!r} is no Llama 3 scaling that is known here"
+            )
         return scaling
 
 

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face model folders: config.json, safetensors in one or several files, tokenizer.
 
-`HuggingFaceReader` gives tensors by canonical address, `write_huggingface` writes a folder that transformers loads. A
-config.json key that changes the maths is either read or refused by name. Not here: the tensor names (`tables.py`).
+`HuggingFaceReader` gives tensors by canonical address, `write_huggingface` writes a folder that transformers
+loads. A config.json key that changes the maths is either read or refused by name. Not here: the tensor names
+(`tables.py`).
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -23,11 +24,24 @@ from maxkit.models.config import ModelConfig, RopeScaling
 SHARD_BYTES = 2_000_000_000
 ARCHITECTURES = {"LlamaForCausalLM": "llama"}
 _MODEL_TYPES = {"llama": "llama"}
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
-                "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}  # fmt: skip
+_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
 # Keys that change the maths and are supported at one value only (absent is that value as well).
-_ONLY = {"quantization_config": None, "partial_rotary_factor": 1.0, "rope_interleaved": False, "layer_types": None,
-         "sliding_window": None, "attn_logit_softcapping": None, "final_logit_softcapping": None}  # fmt: skip
+_ONLY = {
+    "quantization_config": None,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "layer_types": None,
+    "sliding_window": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
 _ROPE_KEYS = {
     "default": {},
     "linear": {"factor": "factor"},
@@ -54,8 +68,9 @@ _ROPE_KEYS = {
 class HuggingFaceReader:
     """A folder with config.json and safetensors as a model: config, tokenizer, tensors by canonical address.
 
-    `dtypes` counts the tensors by stored dtype ("bfloat16": 272). Tensors are read when asked for, in their stored dtype.
-    Raises UserError for a folder that is incomplete, damaged, or of an architecture that is not supported.
+    `dtypes` counts the tensors by stored dtype ("bfloat16": 272). Tensors are read when asked for, in their
+    stored dtype. Raises UserError for a folder that is incomplete, damaged, or of an architecture that is not
+    supported.
     """
 
     format = "hf"
@@ -65,17 +80,23 @@ class HuggingFaceReader:
         self.config = read_config(self.path / "config.json")
         self._files = self._open()
         if self.config.num_layers > len(self._files):
-            raise UserError(f"{path}: config.json says {self.config.num_layers} layers for {len(self._files)} tensors")
+            raise UserError(
+                f"{path}: config.json says {self.config.num_layers} layers for {len(self._files)} tensors"
+            )
         self._table: Table = find_table(self.config, self.format)
         names = {short: long for long, short in DTYPE_NAMES.items()}
         stored = [file.entries[key].dtype for key, file in self._files.items()]
         self.dtypes = dict(Counter(names.get(dtype, dtype) for dtype in stored))
         for key, rearrangement in self._table.entries.values():
             if key not in self._files:
-                raise UserError(f"{path}: tensor {key!r} is missing; the folder is incomplete or not of this family")
+                raise UserError(
+                    f"{path}: tensor {key!r} is missing; the folder is incomplete or not of this family"
+                )
             shape, wanted = self._files[key].entries[key].shape, rearrangement.foreign_shape
             if shape != wanted:
-                raise UserError(f"{path}: tensor {key!r} has shape {list(shape)}, config.json says {list(wanted)}")
+                raise UserError(
+                    f"{path}: tensor {key!r} has shape {list(shape)}, config.json says {list(wanted)}"
+                )
 
     def _open(self) -> dict[str, SafetensorsFile]:
         """Every tensor name of the folder, with the file that holds it."""
@@ -85,7 +106,9 @@ class HuggingFaceReader:
         elif index.is_file():
             names = _shard_names(index)
         else:
-            raise UserError(f"{self.path}: no model.safetensors and no model.safetensors.index.json (.bin is not read)")
+            raise UserError(
+                f"{self.path}: no model.safetensors and no model.safetensors.index.json (.bin is not read)"
+            )
         found: dict[str, SafetensorsFile] = {}
         for name in names:
             file = SafetensorsFile(self.path / name)
@@ -120,12 +143,18 @@ class HuggingFaceReader:
 
 def _shard_names(index: Path) -> list[str]:
     placed = _read_object(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+    if (
+        not isinstance(placed, dict)
+        or not placed
+        or not all(isinstance(name, str) for name in placed.values())
+    ):
         raise UserError(f"{index}: weight_map is missing or not a table of file names")
     names = sorted(set(placed.values()))
     for name in names:
         if name != Path(name).name or not name.endswith(".safetensors"):
-            raise UserError(f"{index}: {name[:80]!r} is not the name of a safetensors file in the same folder")
+            raise UserError(
+                f"{index}: {name[:80]!r} is not the name of a safetensors file in the same folder"
+            )
     return names
 
 
@@ -142,7 +171,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The architecture that a config.json describes; keys that are absent have the defaults that transformers gives them.
+    """The architecture that a config.json describes; keys that are absent have the defaults that transformers
+    gives them.
 
     Raises UserError naming the field that is not supported or not possible.
     """
@@ -154,7 +184,9 @@ def read_config(path: str | Path) -> ModelConfig:
             raise UserError(f"{path}: {key}={str(raw[key])[:80]} is not supported for {family}")
     activation = str(raw.get("hidden_act") or "silu")
     if activation not in _ACTIVATIONS:
-        raise UserError(f"{path}: hidden_act={activation!r} is not supported: {nearest(activation, _ACTIVATIONS)}")
+        raise UserError(
+            f"{path}: hidden_act={activation!r} is not supported: {nearest(activation, _ACTIVATIONS)}"
+        )
     heads = _number(raw, "num_attention_heads", path, 32)
     embed_dim = _number(raw, "hidden_size", path, 4096)
     bias = _flag(raw, "attention_bias", path)
@@ -182,7 +214,9 @@ def read_config(path: str | Path) -> ModelConfig:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{path}: describes no possible model: {' '.join(str(error).splitlines()[1:3])}") from None
+        raise UserError(
+            f"{path}: describes no possible model: {' '.join(str(error).splitlines()[1:3])}"
+        ) from None
 
 
 def _family(raw: dict[str, Any], path: Path) -> str:
@@ -194,7 +228,9 @@ def _family(raw: dict[str, Any], path: Path) -> str:
         architecture = raw.get("model_type")
         found = _MODEL_TYPES.get(str(architecture))
     if found is None:
-        raise UserError(f"{path}: architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"{path}: architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}"
+        )
     if raw.get("auto_map"):
         raise UserError(f"{path}: auto_map names code of its own, so what the model computes cannot be known")
     return found
@@ -221,7 +257,7 @@ def _flag(raw: dict[str, Any], key: str, path: Path) -> bool:
 
 
 def _rope(raw: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
-    """RoPE base and scaling, from `rope_theta` + `rope_scaling` or from `rope_parameters` (transformers 5)."""
+    """RoPE base and scaling, from `rope_scaling` or `rope_parameters` (transformers 5)."""
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     given = raw.get(name) or {}
     if not isinstance(given, dict):
@@ -230,9 +266,13 @@ def _rope(raw: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
     theta = _number(given if "rope_theta" in given else raw, "rope_theta", path, 10000.0, float)
     kind = str(given.get("rope_type", given.get("type", "default")))
     if kind not in _ROPE_KEYS:
-        raise UserError(f"{path}: {name}.rope_type={kind[:60]!r} is not supported: {nearest(kind, _ROPE_KEYS)}")
+        raise UserError(
+            f"{path}: {name}.rope_type={kind[:60]!r} is not supported: {nearest(kind, _ROPE_KEYS)}"
+        )
     if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: {name}.partial_rotary_factor={given['partial_rotary_factor']} is not supported")
+        raise UserError(
+            f"{path}: {name}.partial_rotary_factor={given['partial_rotary_factor']} is not supported"
+        )
     known = _ROPE_KEYS[kind]
     unknown = set(given) - set(known) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if unknown:
@@ -249,26 +289,32 @@ def _rope(raw: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
     if missing:
         raise UserError(f"{path}: {name}.{min(missing)} is missing")
     try:
-        return theta, RopeScaling(kind=kind, **fields)
+        return theta, RopeScaling.model_validate({"kind": kind, **fields})
     except ValueError as error:
         raise UserError(f"{path}: {name} is not possible: {' '.join(str(error).splitlines()[1:3])}") from None
 
 
 def config_json(config: ModelConfig, tokenizer: Tokenizer | None, dtype: str) -> dict[str, Any]:
-    """The config.json of a model, in the spellings of transformers 4 and 5. Raises UserError for what it cannot say."""
+    """The config.json of a model, for transformers 4 and 5. Raises UserError for what it cannot say."""
     if config.attention_bias != config.attention_out_bias:
         raise UserError("a Hugging Face llama model has biases on all attention projections or on none")
     if any(block.sliding_window or block.rope_theta for block in config.pattern):
-        raise UserError("a Hugging Face llama model cannot have blocks with a sliding window or their own rope_theta")
+        raise UserError(
+            "a Hugging Face llama model cannot have blocks with a sliding window or their own rope_theta"
+        )
     architecture = {family: name for name, family in ARCHITECTURES.items()}[config.family]
     rope = {"rope_type": "default"}
     if config.rope_scaling is not None:
         kind = config.rope_scaling.kind
         values = {theirs: getattr(config.rope_scaling, ours) for theirs, ours in _ROPE_KEYS[kind].items()}
         if "original_max_position_embeddings" in values:
-            values["original_max_position_embeddings"] = values["original_max_position_embeddings"] or config.max_seq_len
+            values["original_max_position_embeddings"] = (
+                values["original_max_position_embeddings"] or config.max_seq_len
+            )
         elif config.rope_scaling.original_max_seq_len not in (None, config.max_seq_len):
-            raise UserError(f"a Hugging Face model with {kind} RoPE has no original length besides max_seq_len")
+            raise UserError(
+                f"a Hugging Face model with {kind} RoPE has no original length besides max_seq_len"
+            )
         rope = {"rope_type": kind} | {key: value for key, value in values.items() if value is not None}
     return {
         "architectures": [architecture],
@@ -311,10 +357,11 @@ def write_huggingface(
 ) -> None:
     """Write config.json, generation_config.json, safetensors and tokenizer files that transformers loads.
 
-    `leaves` are (canonical path, layer or None, array) in any order, taken one at a time; `dtype` is "float32",
-    "bfloat16", "float16" or None = that of the leaves, which must then be one. config.json comes last, so a folder that
-    has one is complete. Raises UserError for a missing, repeated or unknown leaf, a wrong shape, a folder that already
-    holds a model, and a disk that is full; what was written is then removed.
+    `leaves` are (canonical path, layer or None, array) in any order, taken one at a time; `dtype` is
+    "float32", "bfloat16", "float16" or None = that of the leaves, which must then be one. config.json comes
+    last, so a folder that has one is complete. Raises UserError for a missing, repeated or unknown leaf, a
+    wrong shape, a folder that already holds a model, and a disk that is full; what was written is then
+    removed.
     """
     directory, table = Path(directory), find_table(config, "hf")
     taken = _Leaves(leaves)
@@ -326,11 +373,15 @@ def write_huggingface(
         directory.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
             if (directory / name).exists():
-                raise UserError(f"{directory} already holds a model ({name}): choose another folder or remove it first")
+                raise UserError(
+                    f"{directory} already holds a model ({name}): choose another folder or remove it first"
+                )
         shards = _plan(table, target, shard_bytes)
         for name, shapes in shards.items():
             writers.append(SafetensorsWriter(directory / name, shapes, target))
-        _write_leaves(taken, table, {key: writer for writer in writers for key in shards[writer.path.name]}, dtype)
+        _write_leaves(
+            taken, table, {key: writer for writer in writers for key in shards[writer.path.name]}, dtype
+        )
         for writer in writers:
             writer.finish()
         _write_companions(directory, shards, target, tokenizer)
@@ -347,7 +398,8 @@ class _Leaves:
     """An iterator of leaves whose first can be looked at."""
 
     def __init__(self, leaves: Iterable[tuple[str, int | None, np.ndarray]]) -> None:
-        self._rest, self._first = iter(leaves), []
+        self._rest = iter(leaves)
+        self._first: list[tuple[str, int | None, np.ndarray]] = []
 
     def peek(self) -> np.ndarray:
         if not self._first:
@@ -383,7 +435,9 @@ def _plan(table: Table, dtype: np.dtype, shard_bytes: int) -> dict[str, dict[str
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_leaves(leaves: _Leaves, table: Table, writers: dict[str, SafetensorsWriter], dtype: str | None) -> None:
+def _write_leaves(
+    leaves: _Leaves, table: Table, writers: dict[str, SafetensorsWriter], dtype: str | None
+) -> None:
     written = set()
     for path, layer, array in leaves:
         key, rearrangement = table[path, layer]
@@ -392,24 +446,34 @@ def _write_leaves(leaves: _Leaves, table: Table, writers: dict[str, SafetensorsW
         array = np.asarray(array)
         if array.shape != rearrangement.canonical_shape:
             wanted = list(rearrangement.canonical_shape)
-            raise UserError(f"tensor {path!r} (layer {layer}) has shape {list(array.shape)}, the config says {wanted}")
+            raise UserError(
+                f"tensor {path!r} (layer {layer}) has shape {list(array.shape)}, the config says {wanted}"
+            )
         if dtype is None and array.dtype != writers[key].dtype:
-            raise UserError(f"tensor {path!r} is {array.dtype.name}, others are {writers[key].dtype.name}: give a dtype")
+            raise UserError(
+                f"tensor {path!r} is {array.dtype.name}, others are {writers[key].dtype.name}: give a dtype"
+            )
         writers[key].write(key, rearrangement.write(array).astype(writers[key].dtype, copy=False))
         written.add(key)
     missing = [address for address, (key, _) in table.entries.items() if key not in written]
     if missing:
         names = ", ".join(path if layer is None else f"{path} (layer {layer})" for path, layer in missing[:5])
-        raise UserError(f"{len(missing)} tensors of the model were not given: {names}{', ...' if missing[5:] else ''}")
+        raise UserError(
+            f"{len(missing)} tensors of the model were not given: {names}{', ...' if missing[5:] else ''}"
+        )
 
 
 def _write_companions(directory: Path, shards: dict, dtype: np.dtype, tokenizer: Tokenizer | None) -> None:
     if len(shards) > 1:
-        elements = sum(int(np.prod(shape, dtype=np.int64)) for shapes in shards.values() for shape in shapes.values())
+        elements = sum(
+            int(np.prod(shape, dtype=np.int64)) for shapes in shards.values() for shape in shapes.values()
+        )
         placed = {key: name for name, shapes in shards.items() for key in shapes}
         index = {"metadata": {"total_size": elements * dtype.itemsize}, "weight_map": placed}
         _write_object(directory / "model.safetensors.index.json", index)
-    _write_object(directory / "generation_config.json", {"_from_model_config": True, **_special_ids(tokenizer)})
+    _write_object(
+        directory / "generation_config.json", {"_from_model_config": True, **_special_ids(tokenizer)}
+    )
     if tokenizer is not None:
         tokenizer.save(directory)
 

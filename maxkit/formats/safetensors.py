@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The safetensors container: a JSON header with name, dtype, shape and place of each tensor, then their bytes.
+"""The safetensors container: a JSON header with name, dtype, shape and place of each tensor, then their
+bytes.
 
-Reading maps the file and checks the header against the file's size. Writing takes tensors in any order: the places are
-known from the shapes, so a model is written leaf by leaf without holding it. Not here: what the names mean
-(`huggingface.py`).
+Reading maps the file and checks the header against the file's size. Writing takes tensors in any order: the
+places are known from the shapes, so a model is written leaf by leaf without holding it. Not here: what the
+names mean (`huggingface.py`).
 """
 
 import contextlib
@@ -41,7 +42,7 @@ class Entry(NamedTuple):
 
 
 class SafetensorsFile:
-    """One file; `entries` maps names to `Entry`, `metadata` is the header's own. Raises UserError if not well-formed."""
+    """One file; `entries` maps names to `Entry`. Raises UserError if it is not well-formed."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -56,7 +57,9 @@ class SafetensorsFile:
         self._refuse_overlap()
 
     def _fail(self, problem: str) -> UserError:
-        return UserError(f"{self.path}: not a valid safetensors file: {problem}. Fetch or write the file again")
+        return UserError(
+            f"{self.path}: not a valid safetensors file: {problem}. Fetch or write the file again"
+        )
 
     def _header(self) -> tuple[dict[str, Any], int]:
         size = len(self._data)
@@ -81,7 +84,9 @@ class SafetensorsFile:
             raise self._fail(f"tensor {name[:80]!r} has an impossible shape, dtype or place")
         width = _DTYPES[dtype].itemsize if dtype in _DTYPES else _OTHER_BYTES.get(dtype)
         if width is not None and last - first != math.prod(shape) * width:
-            raise self._fail(f"tensor {name[:80]!r}: {dtype} {list(shape)} does not fill bytes {first} to {last}")
+            raise self._fail(
+                f"tensor {name[:80]!r}: {dtype} {list(shape)} does not fill bytes {first} to {last}"
+            )
         if last < first or begin + last > len(self._data):
             raise self._fail(f"tensor {name[:80]!r} ends behind the end of the file")
         return Entry(dtype, shape, begin + first, last - first)
@@ -93,12 +98,12 @@ class SafetensorsFile:
                 raise self._fail(f"tensor {name[:80]!r} overlaps another")
 
     def read(self, name: str) -> np.ndarray:
-        """A read-only view of one tensor in its stored dtype. Raises UserError for one that is no plain float."""
+        """A read-only view of one tensor in its stored dtype. Raises UserError if it is no plain float."""
         entry = self.entries[name]
         if entry.dtype not in _DTYPES:
             raise UserError(
-                f"{self.path}: tensor {name!r} is stored as {entry.dtype}; supported are {', '.join(_DTYPES)}. "
-                "Use an unquantised copy of the model"
+                f"{self.path}: tensor {name!r} is stored as {entry.dtype}; supported are "
+                f"{', '.join(_DTYPES)}. Use an unquantised copy of the model"
             )
         dtype = _DTYPES[entry.dtype]
         flat = np.frombuffer(self._data, dtype, count=math.prod(entry.shape), offset=entry.start)
@@ -106,16 +111,22 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """Writes one file under a temporary name; `finish` gives it its own. Places are fixed by `shapes` (all one dtype)."""
+    """Writes one file under a temporary name; `finish` gives it its own. `shapes` fix the places."""
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> None:
         self.path, self.dtype, self._places = path, dtype, {}
         self._partial = path.with_name(path.name + f".partial-{os.getpid()}")
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without this
+        header: dict[str, Any] = {
+            "__metadata__": {"format": "pt"}
+        }  # transformers refuses a file without this
         end = 0
         for name, shape in shapes.items():
             start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": DTYPE_NAMES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = {
+                "dtype": DTYPE_NAMES[dtype.name],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
             self._places[name] = (start, shape)
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors begin aligned

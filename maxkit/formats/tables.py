@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where each tensor of a model lies in foreign files, one declarative table per family and format.
 
-A `Leaf` row says: this canonical path is that key, and its axes are rearranged so. The rearrangement is a string like
-`(NH)D > DNH`: left the foreign axes, slowest first, right ours, letters from the project's alphabet, brackets around letters
-that one axis holds together; lower-case letters are local to the table (`c` = the 2 halves of a head, `j` = half a head's
-width). It is read in both directions, so a reader's transform and a writer's cannot disagree. Not here: opening files.
-To add a family, add its rows to `TABLES`.
+A `Leaf` row says: this canonical path is that key, and its axes are rearranged so. The rearrangement is a
+string like `(NH)D > DNH`: left the foreign axes, slowest first, right ours, letters from the project's
+alphabet, brackets around letters that one axis holds together; lower-case letters are local to the table (`c`
+= the 2 halves of a head, `j` = half a head's width). It is read in both directions, so a reader's transform
+and a writer's cannot disagree. Not here: opening files. To add a family, add its rows to `TABLES`.
 """
 
 import math
@@ -45,7 +45,7 @@ def letter_sizes(config: ModelConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One kind of tensor: canonical path, foreign key (`{i}` = layer number), `foreign axes > canonical axes`."""
+    """One kind of tensor: our path, the foreign key (`{i}` = layer number), `foreign axes > our axes`."""
 
     path: str
     key: str
@@ -60,7 +60,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Rearrangement:
-    """Foreign axes to canonical axes and back; `foreign` and `canonical` list the letters that each axis holds."""
+    """Foreign axes to canonical axes and back; both list the letters that each axis holds."""
 
     foreign: tuple[str, ...]
     canonical: tuple[str, ...]
@@ -93,7 +93,7 @@ class Rearrangement:
         split = array.reshape([self.sizes[letter] for letter in letters])  # one axis a letter
         moved = split.transpose([letters.index(letter) for letter in wanted])
         result = np.empty(self._shape(target), array.dtype)
-        result.reshape(moved.shape)[...] = moved  # the only copy; the result never shares memory with a mapped file
+        result.reshape(moved.shape)[...] = moved  # the only copy; nothing shares memory with a mapped file
         return result
 
 
@@ -107,12 +107,13 @@ def parse_axes(axes: str, sizes: dict[str, int]) -> Rearrangement:
 
 def _axes(side: str) -> tuple[str, ...]:
     """`(NH)D` -> ("NH", "D")."""
-    found, group = [], None
+    found: list[str] = []
+    group: str | None = None
     for character in side:
         if character == "(":
             group = ""
         elif character == ")":
-            found.append(group)
+            found.append(group or "")
             group = None
         elif group is not None:
             group += character
@@ -122,7 +123,7 @@ def _axes(side: str) -> tuple[str, ...]:
 
 
 class Table:
-    """The rows of one family and format for one config: address -> (foreign key, rearrangement), in file order."""
+    """The rows of a family and format for one config: address -> (foreign key, rearrangement)."""
 
     def __init__(self, rows: tuple[Leaf, ...], config: ModelConfig) -> None:
         sizes = letter_sizes(config)
@@ -152,33 +153,35 @@ class Table:
         return {key: address for address, (key, _) in self.entries.items()}
 
 
-# Both formats of the Llama family. GGUF files of this family (and only of this one) store the rows of query and key for
-# a RoPE that turns neighbouring pairs: row order (head, pair, half) instead of our (head, half, pair).
+# Both formats of the Llama family. GGUF files of this family (and only of this one) store the rows of query
+# and key for a RoPE that turns neighbouring pairs: row order (head, pair, half) instead of our (head, half,
+# pair).
+_LAYER = "model.layers.{i}."
 _LLAMA_HF = (
     Leaf("embed/table", "model.embed_tokens.weight", "VD"),
     Leaf("final_norm/scale", "model.norm.weight", "D"),
-    Leaf("head/kernel", "lm_head.weight", "VD", when="untied"),
-    Leaf("layers/attention_norm/scale", "model.layers.{i}.input_layernorm.weight", "D"),
-    Leaf("layers/attention/query/kernel", "model.layers.{i}.self_attn.q_proj.weight", "(NH)D > DNH"),
-    Leaf("layers/attention/query/bias", "model.layers.{i}.self_attn.q_proj.bias", "(NH) > NH", when="attention_bias"),
-    Leaf("layers/attention/key/kernel", "model.layers.{i}.self_attn.k_proj.weight", "(KH)D > DKH"),
-    Leaf("layers/attention/key/bias", "model.layers.{i}.self_attn.k_proj.bias", "(KH) > KH", when="attention_bias"),
-    Leaf("layers/attention/value/kernel", "model.layers.{i}.self_attn.v_proj.weight", "(KH)D > DKH"),
-    Leaf("layers/attention/value/bias", "model.layers.{i}.self_attn.v_proj.bias", "(KH) > KH", when="attention_bias"),
-    Leaf("layers/attention/out/kernel", "model.layers.{i}.self_attn.o_proj.weight", "D(NH) > NHD"),
-    Leaf("layers/attention/out/bias", "model.layers.{i}.self_attn.o_proj.bias", "D", when="attention_out_bias"),
-    Leaf("layers/mlp_norm/scale", "model.layers.{i}.post_attention_layernorm.weight", "D"),
-    Leaf("layers/mlp/gate/kernel", "model.layers.{i}.mlp.gate_proj.weight", "FD > DF"),
-    Leaf("layers/mlp/gate/bias", "model.layers.{i}.mlp.gate_proj.bias", "F", when="mlp_bias"),
-    Leaf("layers/mlp/up/kernel", "model.layers.{i}.mlp.up_proj.weight", "FD > DF"),
-    Leaf("layers/mlp/up/bias", "model.layers.{i}.mlp.up_proj.bias", "F", when="mlp_bias"),
-    Leaf("layers/mlp/down/kernel", "model.layers.{i}.mlp.down_proj.weight", "DF > FD"),
-    Leaf("layers/mlp/down/bias", "model.layers.{i}.mlp.down_proj.bias", "D", when="mlp_bias"),
+    Leaf("output/kernel", "lm_head.weight", "VD", when="untied"),
+    Leaf("layers/attention_norm/scale", _LAYER + "input_layernorm.weight", "D"),
+    Leaf("layers/attention/query/kernel", _LAYER + "self_attn.q_proj.weight", "(NH)D > DNH"),
+    Leaf("layers/attention/query/bias", _LAYER + "self_attn.q_proj.bias", "(NH) > NH", when="attention_bias"),
+    Leaf("layers/attention/key/kernel", _LAYER + "self_attn.k_proj.weight", "(KH)D > DKH"),
+    Leaf("layers/attention/key/bias", _LAYER + "self_attn.k_proj.bias", "(KH) > KH", when="attention_bias"),
+    Leaf("layers/attention/value/kernel", _LAYER + "self_attn.v_proj.weight", "(KH)D > DKH"),
+    Leaf("layers/attention/value/bias", _LAYER + "self_attn.v_proj.bias", "(KH) > KH", when="attention_bias"),
+    Leaf("layers/attention/out/kernel", _LAYER + "self_attn.o_proj.weight", "D(NH) > NHD"),
+    Leaf("layers/attention/out/bias", _LAYER + "self_attn.o_proj.bias", "D", when="attention_out_bias"),
+    Leaf("layers/mlp_norm/scale", _LAYER + "post_attention_layernorm.weight", "D"),
+    Leaf("layers/mlp/gate/kernel", _LAYER + "mlp.gate_proj.weight", "FD > DF"),
+    Leaf("layers/mlp/gate/bias", _LAYER + "mlp.gate_proj.bias", "F", when="mlp_bias"),
+    Leaf("layers/mlp/up/kernel", _LAYER + "mlp.up_proj.weight", "FD > DF"),
+    Leaf("layers/mlp/up/bias", _LAYER + "mlp.up_proj.bias", "F", when="mlp_bias"),
+    Leaf("layers/mlp/down/kernel", _LAYER + "mlp.down_proj.weight", "DF > FD"),
+    Leaf("layers/mlp/down/bias", _LAYER + "mlp.down_proj.bias", "D", when="mlp_bias"),
 )
 _LLAMA_GGUF = (
     Leaf("embed/table", "token_embd.weight", "VD"),
     Leaf("final_norm/scale", "output_norm.weight", "D"),
-    Leaf("head/kernel", "output.weight", "VD", when="untied"),
+    Leaf("output/kernel", "output.weight", "VD", when="untied"),
     Leaf("layers/attention_norm/scale", "blk.{i}.attn_norm.weight", "D"),
     Leaf("layers/attention/query/kernel", "blk.{i}.attn_q.weight", "(Njc)D > DN(cj)"),
     Leaf("layers/attention/query/bias", "blk.{i}.attn_q.bias", "(Njc) > N(cj)", when="attention_bias"),
@@ -204,8 +207,10 @@ TABLES: dict[tuple[str, str], tuple[Leaf, ...]] = {
 
 
 def find_table(config: ModelConfig, format: str) -> Table:
-    """The table of a config's family in a format ("hf" or "gguf"). Raises UserError for a family without one."""
+    """The table of a config's family in a format ("hf" or "gguf"). Raises UserError if there is none."""
     families = [family for family, known in TABLES if known == format]
     if (config.family, format) not in TABLES:
-        raise UserError(f"family {config.family!r} cannot be stored as {format}: known are {', '.join(families)}")
+        raise UserError(
+            f"family {config.family!r} cannot be stored as {format}: known are {', '.join(families)}"
+        )
     return Table(TABLES[config.family, format], config)
