@@ -14,8 +14,7 @@ from typing import Any
 
 from maxkit.config import RecipeConfig
 from maxkit.errors import UserError
-from maxkit.nb import expect
-from maxkit.nb.expect import plain
+from maxkit.nb.checks import plain, rows
 
 REPORT = "report.json"
 SECONDS = ("setup", "compile", "train", "total")
@@ -53,7 +52,7 @@ def write_report(
         "steps_done": int(steps_done),
         "steps_this_run": int(steps_this_run),
         "metrics": {name: plain(value) for name, value in metrics.items()},
-        "checks": expect.rows() if checks is None else [dict(row) for row in checks],
+        "checks": rows() if checks is None else [dict(row) for row in checks],
         "artifacts": artifact_rows(run_dir, artifacts),
         "seconds": {name: round(float(seconds[name]), 3) for name in SECONDS if name in seconds},
         "environment": {**describe_environment(), **(environment or {})},

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `maxkit` command. Exit codes: 0 done, 1 a check failed or does not fit, 2 refused with one clear line.
+
+Each command imports what it needs when it runs: `list` and `inspect` answer without JAX.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from maxkit.errors import CheckFailed, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line; the whole usage stands in `--help`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and end with exit code 2."""
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, return its exit code. A user's mistake is one line, a bug keeps its traceback."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except CheckFailed as error:
+        return _refuse(error, 1)
+    except UserError as error:
+        return _refuse(error, 2)
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        where = f"{error.filename!r}: " if error.filename else ""
+        return _refuse(f"{where}{error.strerror or error}", 2)
+    except KeyboardInterrupt:
+        return _refuse("interrupted", 130)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    parser = Parser(prog="maxkit", description="Train language models in JAX, from notebooks.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
+
+    add = commands.add_parser("list", help="the recipes, with measured times")
+    add.set_defaults(command=list_recipes)
+
+    add = commands.add_parser("run", help="run a recipe's notebook with checked parameters", add_help=False)
+    add.add_argument("recipe", nargs="?", metavar="RECIPE", help="a name that maxkit list shows")
+    _add_parameters(add)
+    add.add_argument(
+        "-o", "--output", metavar="OUT.ipynb", help="the executed notebook; otherwise in the run folder"
+    )
+    add.add_argument("-h", "--help", action="store_true", help="this text; with RECIPE also its parameters")
+    add.set_defaults(command=run_recipe, parser=add)
+
+    add = commands.add_parser("inspect", help="what a checkpoint is; reads no tensors")
+    add.add_argument("path", metavar="PATH", help="run, step or item folder, or a weights file")
+    add.add_argument("--json", action="store_true", help="as one JSON object")
+    add.set_defaults(command=inspect_checkpoint)
+
+    add = commands.add_parser("generate", help="chat with, or complete by, any readable checkpoint")
+    add.add_argument("path", metavar="PATH", help="checkpoint or model name")
+    add.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer or continue")
+    add.add_argument("--config", metavar="X", help="how the checkpoint was made, where it does not say")
+    add.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most this many (64)")
+    add.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+    add.add_argument("--seed", type=int, default=0, metavar="S", help="of sampling (0)")
+    add.set_defaults(command=generate_text)
+
+    add = commands.add_parser("plan", help="compile a recipe's step for a TPU that is not here: does it fit?")
+    add.add_argument("recipe", metavar="RECIPE", help="a name that maxkit list shows")
+    _add_parameters(add)
+    add.add_argument("--topology", required=True, metavar="v5e:2x2", help="chips and their arrangement")
+    add.set_defaults(command=plan_recipe)
+    return parser
+
+
+def list_recipes(arguments: argparse.Namespace) -> int:
+    """One line per recipe: name, result, measured times."""
+    from maxkit.config import RECIPES
+
+    width = max(map(len, RECIPES))
+    for name, entry in RECIPES.items():
+        print(f"{name:<{width}}  {entry.title}: {entry.result} [{measured(name)}]")
+    return 0
+
+
+def run_recipe(arguments: argparse.Namespace) -> int:
+    """Check, execute, and say where everything is."""
+    if arguments.recipe is None:
+        if not arguments.help:
+            arguments.parser.error("name a RECIPE")
+        arguments.parser.print_help()
+        return 0
+    if arguments.help or "help" in arguments.parameters:
+        return _help_for(arguments)
+    from maxkit.nb.bind import describe
+    from maxkit.nb.execute import Stopped, execute, prepare
+
+    given = _pairs(arguments.parameters)
+    run = prepare(arguments.recipe, given, file=arguments.config, output=arguments.output)
+    print(describe(run.config).text, flush=True)
+    print(f"run folder {run.config.run_folder}", flush=True)
+    try:
+        record = execute(run)
+    except Stopped as stopped:
+        return _refuse(stopped, stopped.exit_code)
+    checks = len(record["checks"])
+    print(f"{record['steps_this_run']} updates now, {record['steps_done']} in all; {checks} checks passed")
+    print(f"notebook   {run.output}\nrecord     {run.config.run_folder / 'report.json'}")
+    return 0
+
+
+def inspect_checkpoint(arguments: argparse.Namespace) -> int:
+    """What a checkpoint is, as text or JSON."""
+    from maxkit.checkpoint.inspect import describe
+
+    found = describe(arguments.path)
+    if arguments.json:
+        print(json.dumps(found, indent=2, default=str))
+        return 0
+    for name, value in found.items():
+        shown = json.dumps(value, default=str) if isinstance(value, (dict, list, tuple)) else value
+        print(f"{name:<12} {f'{value:,}' if type(value) is int else shown}")
+    return 0
+
+
+def generate_text(arguments: argparse.Namespace) -> int:
+    """Print what the model says."""
+    import maxkit
+
+    loaded = maxkit.load(arguments.path, config=arguments.config)
+    options = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+    print(*maxkit.generate(loaded, [arguments.prompt], seed=arguments.seed, **options), sep="\n")
+    return 0
+
+
+def plan_recipe(arguments: argparse.Namespace) -> int:
+    """Compile for a topology and print what is needed."""
+    from maxkit.config import resolve
+    from maxkit.plan import main as plan
+
+    given = {name: (value, "command line") for name, value in _pairs(arguments.parameters).items()}
+    config = resolve(arguments.recipe, file=arguments.config, given=given)
+    return plan(config, arguments.topology)
+
+
+def measured(recipe: str) -> str:
+    """Times and hardware from the committed run records of a recipe, "not measured" where there are none."""
+    from maxkit.nb.cards import show
+    from maxkit.nb.execute import find_notebook
+
+    try:
+        folder = find_notebook(recipe).parent / "results"
+    except UserError:
+        return "not measured"
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    times = [
+        f"{show(round(record['seconds']['total']))} s on {record['environment'].get('platform', 'unknown')}"
+        for record in records
+        if record.get("recipe") == recipe
+    ]
+    return ", ".join(times) or "not measured"
+
+
+def _add_parameters(parser: argparse.ArgumentParser) -> None:
+    text = "a parameter of the recipe; -p help lists them"
+    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help=text)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML table of parameters; -p and the environment win"
+    )
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"-p {text!r} is not NAME=VALUE, as in -p steps=5")
+        if name.strip() in pairs:
+            raise UserError(f"-p {name.strip()} is given twice: {pairs[name.strip()]!r} and {value!r}")
+        pairs[name.strip()] = value
+    return pairs
+
+
+def _help_for(arguments: argparse.Namespace) -> int:
+    from maxkit.config import find_recipe, parameter_table
+
+    kind = find_recipe(arguments.recipe)
+    print(
+        f"maxkit run {arguments.recipe} [-p NAME=VALUE]... [-o OUT.ipynb] [--config FILE]\n\n{kind.__doc__}\n"
+    )
+    width = max(60, min(shutil.get_terminal_size().columns, 110))
+    for row in parameter_table(kind):
+        print(f"{row['name']} = {_shown_default(row['default'])}    ({row['type']})")
+        print(textwrap.fill(row["meaning"], width, initial_indent="    ", subsequent_indent="    "))
+    return 0
+
+
+def _shown_default(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def _refuse(error: object, code: int) -> int:
+    print(f"maxkit: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
