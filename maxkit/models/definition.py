@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,16 @@ class ModelDefinition:
     def tree(self, value) -> Tree:
         """A pure tree with `value(parameter)` at every leaf."""
         return unflatten_dict({p.path: value(p) for p in self.parameters.values()}, sep="/")
+
+    @staticmethod
+    def flat(tree: Tree) -> dict[str, Any]:
+        """{"a/b": leaf} of a pure tree."""
+        return flatten_dict(tree, sep="/")
+
+    @staticmethod
+    def unflat(leaves: dict[str, Any]) -> Tree:
+        """The inverse of `flat`."""
+        return unflatten_dict(leaves, sep="/")
 
     @property
     def shapes(self) -> Tree:

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`maxkit.load`: any readable checkpoint as a model on the devices, with what it says about itself.
+
+Every tensor of the source is used or named in the report, every parameter of the model is read or refused: nothing is
+guessed, filled, tiled or cast in silence. Next to read: `sources.py` (names), `formats/` (foreign files).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from maxkit import mesh as meshes
+from maxkit.checkpoint import manifest, restore, sources
+from maxkit.data.tokenizer import Tokenizer
+from maxkit.errors import UserError
+from maxkit.formats.gguf import GGUFReader
+from maxkit.formats.huggingface import HuggingFaceReader, read_config
+from maxkit.models.config import Execution, ModelConfig
+from maxkit.models.decoder import Decoder
+from maxkit.models.definition import ModelDefinition, Parameter
+from maxkit.models.lora import LoraConfig
+from maxkit.types import Tree
+
+Policy = Literal["error", "warn", "init"]
+
+
+class Source(Protocol):
+    """An opened checkpoint: what it records, and its tensors by canonical address."""
+
+    format: str
+    config: ModelConfig
+
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    def addresses(self) -> Iterable[tuple[str, int | None]]: ...
+
+    def unused_keys(self) -> list[str]: ...
+
+    def read(self, path: str, layer: int | None = None) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model that has its weights.
+
+    params is the pure tree, `definition` its structure; `model` merges the two. `tokenizer` is None where the source has
+    none. `report` says, line by line, what was decided and why.
+    """
+
+    definition: ModelDefinition
+    params: Tree
+    tokenizer: Tokenizer | None
+    report: tuple[str, ...]
+    source: str
+    mesh: Mesh | None = None
+
+    @property
+    def model(self) -> Decoder:
+        """The NNX module holding `params`."""
+        return self.definition.merge(self.params)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.definition.config
+
+
+def load(
+    path_or_model_name: str | Path,
+    *,
+    config: ModelConfig | str | Path | None = None,
+    scan_layers: bool | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | str | None = None,
+    missing: Policy = "error",
+    unexpected: Literal["error", "warn"] = "error",
+) -> Loaded:
+    """Load a model from a path, a known name, or `hf:owner/name`.
+
+    Args:
+        config: how the source was made, where it does not say; must agree with what it does say.
+        scan_layers: stacked layers or one by one; None loads it from the checkpoint (sources without a layout: stacked).
+        dtype: cast the weights, "float32" | "bfloat16"; None keeps the stored type.
+        mesh: where to put the weights: a mesh, its description, or None for the first device.
+        missing: parameters that the source lacks: an error, zeros with a line in the report, or their initial values.
+        unexpected: tensors that the model does not use: an error, or a line in the report.
+
+    Raises:
+        UserError: no such model, a damaged or unsupported file, an explicit `scan_layers` that is not the stored one,
+            missing, unexpected or misshapen tensors (all of them in one message).
+    """
+    source = open_source(path_or_model_name)
+    stored = getattr(source, "scan_layers", None)
+    resolved, line = resolve_scan_layers(stored, scan_layers, "keyword", path_or_model_name)
+    check_config(source, config, path_or_model_name)
+    weights = dtype or source_dtype(source)
+    execution = Execution(scan_layers=resolved, dtype="bfloat16" if weights == "bfloat16" else "float32")
+    definition = ModelDefinition(source.config, execution, getattr(source, "lora", None), weights)
+    mesh = meshes.make_mesh(mesh) if isinstance(mesh, str) else mesh
+    report = [f"{path_or_model_name}: format {source.format}", line]
+    params = read_params(
+        source, definition, mesh, missing=missing, unexpected=unexpected, report=report, cast=dtype is not None
+    )
+    return Loaded(definition, params, source.tokenizer(), tuple(report), str(path_or_model_name), mesh)
+
+
+def open_source(path_or_model_name: str | Path) -> Source:
+    """Open what a name or path points to, by its own look, without reading tensors.
+
+    Raises:
+        UserError: nothing there, or nothing that can be read.
+    """
+    text = str(path_or_model_name)
+    path = epath.Path(text) if "://" in text else sources.resolve(text)
+    if path.is_file() and path.suffix == ".gguf":
+        return GGUFReader(path)
+    if path.is_dir() and (path / "config.json").exists():
+        return HuggingFaceReader(path)
+    from maxkit.checkpoint import inspect
+
+    location = inspect.find(path)
+    return MaxkitSource(epath.Path(location.step_path))
+
+
+class MaxkitSource:
+    """One step of a maxkit run."""
+
+    format = "maxkit"
+
+    def __init__(self, step_path: Any):
+        self.step_path = step_path
+        self.manifest = manifest.read_manifest(step_path)
+        model = dict(self.manifest.model)
+        lora = model.pop("lora", None)
+        self.lora = LoraConfig(**lora) if lora else None
+        self.config = ModelConfig.model_validate(model)
+        self.scan_layers = self.manifest.scan_layers
+        self.paths = {
+            path.split("/", 1)[1]: path
+            for path in self.manifest.leaves
+            if path.startswith(("params/", "base/"))
+        }
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """{dtype: number of weights stored in it}."""
+        names = [self.manifest.leaves[path].dtype for path in self.paths.values()]
+        return {name: names.count(name) for name in names}
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer saved with the step."""
+        files = manifest.read_tokenizer(self.step_path, self.manifest)
+        return Tokenizer.from_files(files) if files else None
+
+    def leaves(self, parameters: list[Parameter], mesh: Mesh | None) -> dict[str, jax.Array]:
+        """Arrays of `parameters` by path, in their stored dtype, verified and in their final layout."""
+        wanted = {}
+        for parameter in parameters:
+            record = self.manifest.leaves[self.paths[parameter.path]]
+            if tuple(record.shape) != parameter.shape:
+                raise UserError(
+                    f"{self.step_path}: {parameter.path} has shape {record.shape}, the config says {parameter.shape}"
+                )
+            sharding = meshes.weight_sharding(parameter.letters, parameter.shape, mesh) if mesh else None
+            wanted[self.paths[parameter.path]] = jax.ShapeDtypeStruct(
+                parameter.shape, jnp.dtype(record.dtype), sharding=sharding
+            )
+        arrays = restore.read_leaves(self.step_path, wanted, self.manifest)
+        return {path.split("/", 1)[1]: array for path, array in arrays.items()}
+
+
+def resolve_scan_layers(
+    stored: bool | None, explicit: bool | None, origin: str, where: object
+) -> tuple[bool, str]:
+    """The layout to load, and a line that says why.
+
+    Raises:
+        UserError: an explicit value differs from the stored one.
+    """
+    if stored is None:
+        value = True if explicit is None else explicit
+        why = "stacked by default" if explicit is None else f"from {origin}"
+        return value, f"scan_layers={value} ({why}; the source has no layout of its own)"
+    if explicit is not None and explicit != stored:
+        raise UserError(
+            f"scan_layers={explicit} was given ({origin}) but the checkpoint {where} stores scan_layers={stored}: "
+            f"leave scan_layers out to load it as it is, or convert the checkpoint: "
+            f"maxkit convert {where} CONVERTED --to maxkit --scan-layers {str(explicit).lower()}"
+        )
+    return stored, f"scan_layers={stored} (loaded from the checkpoint)"
+
+
+def check_config(source: Source, given: ModelConfig | str | Path | None, where: object) -> None:
+    """Refuse a description that contradicts what the source records about itself."""
+    if given is None:
+        return
+    described = given if isinstance(given, ModelConfig) else _read_description(Path(given))
+    ours, theirs = source.config.model_dump(), described.model_dump()
+    differing = [f"{name}: {ours[name]!r} recorded, {theirs[name]!r} given" for name in ours if ours[name] != theirs[name]]
+    if differing:
+        raise UserError(f"config={given} contradicts what {where} records: {'; '.join(differing)}")
+
+
+def _read_description(path: Path) -> ModelConfig:
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.exists():
+        raise UserError(f"config={path}: no such file; give the path of a config.json")
+    return read_config(path)
+
+
+def source_dtype(source: Source) -> str:
+    """The type most weights are stored in, as a weight type."""
+    counts = dict(getattr(source, "dtypes", {}))
+    name = max(counts, key=counts.__getitem__, default="float32")
+    return name if name in ("float32", "bfloat16", "float16") and source.format != "gguf" else "float32"
+
+
+def read_params(
+    source: Source,
+    definition: ModelDefinition,
+    mesh: Mesh | None,
+    *,
+    missing: Policy = "error",
+    unexpected: Literal["error", "warn"] = "error",
+    report: list[str],
+    seed: int = 0,
+    cast: bool = True,
+) -> Tree:
+    """The parameters of `definition` out of `source`, one leaf at a time, each put on its devices at once.
+
+    Adapters that the source does not have get their initial values: they were asked for on top of it.
+
+    Raises:
+        UserError: missing or unexpected tensors under an error policy, a type that would have to be cast.
+    """
+    present = set(source.paths) if isinstance(source, MaxkitSource) else set(source.addresses())
+    found, absent = [], []
+    for parameter in definition.parameters.values():
+        keys = [parameter.path] if isinstance(source, MaxkitSource) else _addresses(parameter)
+        (found if all(key in present for key in keys) else absent).append(parameter)
+    _check_missing([p for p in absent if not p.trainable_adapter], missing, report)
+    unused = source.unused_keys() if not isinstance(source, MaxkitSource) else sorted(
+        present - set(definition.parameters)
+    )
+    _check_unexpected(unused, unexpected, report)
+    leaves: dict[str, jax.Array] = {}
+    if isinstance(source, MaxkitSource):
+        leaves = source.leaves(found, mesh)
+        leaves = {path: _typed(x, definition.parameters[path], cast, report) for path, x in leaves.items()}
+    else:
+        for parameter in found:
+            leaves[parameter.path] = _put(_stack(source, parameter, cast, report), parameter, mesh)
+    if absent:
+        initial = definition.flat(definition.init(seed, mesh))
+        for parameter in absent:
+            value = initial[parameter.path]
+            keep = parameter.trainable_adapter or missing == "init"
+            leaves[parameter.path] = value if keep else jnp.zeros_like(value)
+    return definition.unflat(leaves)
+
+
+def _addresses(parameter: Parameter) -> list[tuple[str, int | None]]:
+    if parameter.layers is None:
+        return [(parameter.address, None)]
+    return [(parameter.address, layer) for layer in parameter.layers]
+
+
+def _check_missing(absent: list[Parameter], policy: Policy, report: list[str]) -> None:
+    lines = [f"{p.path} {list(p.shape)} {p.dtype}" for p in absent]
+    if lines and policy == "error":
+        raise UserError(
+            f"{len(lines)} parameters of the model are not in the checkpoint: {'; '.join(lines)}. Check num_layers and the "
+            "family, or set checkpoint_missing_param_policy to warn (zeros) or init (initial values)"
+        )
+    fill = "its initial value" if policy == "init" else "zeros"
+    report += [f"missing, filled with {fill}: {line}" for line in lines]
+
+
+def _check_unexpected(unused: list[str], policy: str, report: list[str]) -> None:
+    if unused and policy == "error":
+        raise UserError(
+            f"{len(unused)} tensors of the checkpoint are not part of the model: {', '.join(unused[:20])}"
+            f"{', ...' if len(unused) > 20 else ''}; unexpected='warn' leaves them out"
+        )
+    report += [f"not used: {key}" for key in unused]
+
+
+def _stack(source: Source, parameter: Parameter, cast: bool, report: list[str]) -> np.ndarray:
+    """The parameter's value on the host; a stack is filled layer by layer, so peak memory is one leaf and one layer."""
+    target = np.dtype(ml_dtypes.bfloat16) if parameter.dtype == jnp.bfloat16 else np.dtype(parameter.dtype)
+    value = np.empty(parameter.shape, target)
+    for row, (address, layer) in enumerate(_addresses(parameter)):
+        tensor = source.read(address, layer)
+        if tensor.shape != parameter.layer_shape:
+            raise UserError(
+                f"{address} (layer {layer}) has shape {list(tensor.shape)}, the config says {list(parameter.layer_shape)}"
+            )
+        if row == 0:
+            _note_cast(tensor.dtype, target, parameter, cast, report)
+        (value[row : row + 1] if parameter.stacked else value)[...] = tensor
+    return value
+
+
+def _typed(x: jax.Array, parameter: Parameter, cast: bool, report: list[str]) -> jax.Array:
+    _note_cast(x.dtype, parameter.dtype, parameter, cast, report)
+    return x.astype(parameter.dtype)
+
+
+def _note_cast(stored, wanted, parameter: Parameter, cast: bool, report: list[str]) -> None:
+    if stored == wanted:
+        return
+    # Widening loses nothing; a source of mixed types is widened to the type of most of its weights.
+    if not cast and np.promote_types(stored, wanted) != wanted:
+        raise UserError(f"{parameter.path} is stored as {stored}, most weights as {wanted}: say which with dtype=")
+    line = f"cast from {stored} to {wanted}"
+    if line not in report:
+        report.append(line)
+
+
+def _put(value: np.ndarray, parameter: Parameter, mesh: Mesh | None) -> jax.Array:
+    if mesh is None:
+        return jax.device_put(value)
+    sharding = meshes.weight_sharding(parameter.letters, parameter.shape, mesh)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
