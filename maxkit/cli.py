@@ -134,11 +134,12 @@ def inspect_checkpoint(arguments: argparse.Namespace) -> int:
 
 def generate_text(arguments: argparse.Namespace) -> int:
     """Print what the model says."""
-    import maxkit
+    from maxkit.checkpoint.load import load
+    from maxkit.infer.generate import generate
 
-    loaded = maxkit.load(arguments.path, config=arguments.config)
+    loaded = load(arguments.path, config=arguments.config)
     options = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-    print(*maxkit.generate(loaded, [arguments.prompt], seed=arguments.seed, **options), sep="\n")
+    print(*generate(loaded, [arguments.prompt], seed=arguments.seed, **options), sep="\n")
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from maxkit.errors import UserError
 from maxkit.nb.cards import show
@@ -24,7 +25,7 @@ INK, FAINT, BAND = "#202124", "#dadce0", "#e8eaed"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 # Same data, same bytes: no dates, no random ids. Text stays text, so a figure can be searched.
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-STYLE: dict[str, Any] = {"svg.hashsalt": "maxkit", "svg.fonttype": "none", "font.size": 10.5}
+STYLE: Any = {"svg.hashsalt": "maxkit", "svg.fonttype": "none", "font.size": 10.5}
 STYLE |= dict.fromkeys(INKED, INK)
 SIZE = (7.2, 3.9)
 
@@ -75,11 +76,12 @@ def loss_figure(
         canvas, axes = _card(title, "updates", ylabel)
         steps = [step for step, _ in points]
         if band is not None:
-            rows = band
+            rows: Any = band
             if isinstance(band[0], (int, float)):
                 # Of the last value alone: a band under the whole curve would look missed.
                 rows = [(steps[-1] - 0.2 * (steps[-1] - steps[0]), *band), (steps[-1], *band)]
-            axes.fill_between(*zip(*rows, strict=True), color=BAND, zorder=0, label="expected")
+            at, low, high = zip(*rows, strict=True)
+            axes.fill_between(at, low, high, color=BAND, zorder=0, label="expected")
         curves = {
             "training": points,
             **{k: [(float(s), float(v)) for s, v in c] for k, c in (others or {}).items()},
@@ -97,7 +99,7 @@ def loss_figure(
             )
         for style, (label, value) in zip(("--", ":", "-."), (lines or {}).items(), strict=False):
             axes.axhline(value, color=INK, linestyle=style, linewidth=1.2, label=f"{label} {value:.2f}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, fontsize=9.5)
         return _finish(canvas, _loss_alt(title, curves, lines or {}, band), save_as)
