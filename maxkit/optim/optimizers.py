@@ -81,7 +81,7 @@ def read_learning_rate(opt_state: optax.OptState) -> jax.Array:
 
 
 def _rule(cfg: OptimizerConfig, schedule: optax.Schedule, mask: Tree) -> optax.GradientTransformation:
-    """The optimizer alone. Its state, as in MaxText: a chain for adamw, flat for adam_pax; sgd only counts."""
+    """The optimizer alone. State as in MaxText: a chain for adamw, flat for adam_pax; sgd only counts."""
     if cfg.optimizer == "adam_pax":
         return adam_pax(schedule, cfg.adam_b1, cfg.adam_b2, cfg.adam_eps, cfg.weight_decay, mask)
     rest = (_add_decayed_weights(cfg.weight_decay, mask), optax.scale_by_learning_rate(schedule))
