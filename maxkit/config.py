@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_vali
 
 from maxkit.data.config import DataConfig
 from maxkit.errors import UserError, nearest
+from maxkit.models.lora import LoraConfig
 from maxkit.optim.config import OptimizerConfig
 from maxkit.train.config import CheckpointConfig, TrainConfig
 from maxkit.typed import convert, type_name
@@ -90,6 +91,11 @@ class Sft(RecipeConfig):
         if not value.strip():
             raise ValueError("must name a pretrained model, for example 'smollm2-135m-instruct'")
         return value
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters; None where all weights are trained."""
+        return LoraConfig(rank=self.lora_rank, alpha=self.lora_alpha) if self.lora_rank else None
 
 
 class Pretrain(RecipeConfig):

@@ -133,7 +133,13 @@ def test_types_in_words() -> None:
 def test_later_sources_win_and_are_recorded(tmp_path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("steps: 5\nseed: 1\nlearning_rate: 1e-3\nbatch_size: 4\n")
-    environ = {"MAXKIT_SEED": "2", "MAXKIT_BATCH_SIZE": "2", "MAXKIT_CACHE": "/x", "MAXKIT__SOURCES": "{}", "PATH": "/"}
+    environ = {
+        "MAXKIT_SEED": "2",
+        "MAXKIT_BATCH_SIZE": "2",
+        "MAXKIT_CACHE": "/x",
+        "MAXKIT__SOURCES": "{}",
+        "PATH": "/",
+    }
     config = resolve("sft", file=file, environ=environ, given={"batch_size": ("16", "papermill")})
     assert (config.steps, config.seed, config.learning_rate, config.batch_size) == (5, 2, 1e-3, 16)
     assert config.explicit == {
@@ -165,7 +171,9 @@ def test_a_config_is_frozen_closed_and_strict() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
-    assert "unknown parameter 'scan_layer' (keyword): did you mean 'scan_layers'?" in refusal(scan_layer="false")
+    assert "unknown parameter 'scan_layer' (keyword): did you mean 'scan_layers'?" in refusal(
+        scan_layer="false"
+    )
     with pytest.raises(UserError, match="MAXKIT_SCAN_LAYER .environment.: did you mean 'scan_layers'"):
         resolve("sft", environ={"MAXKIT_SCAN_LAYER": "false"})
     with pytest.raises(UserError, match="unknown recipe 'sfft'; did you mean 'sft'"):
@@ -173,8 +181,17 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 
 
 def test_all_problems_come_in_one_line() -> None:
-    message = refusal(scan_layer="false", steps="many", batch_size=0, dtype="float23", mesh="fsd:4", pure_nnx=True)
-    for part in ("scan_layer'", "steps='many'", "batch_size=0", "'float32'?", "'fsdp'?", "maxkit is NNX only"):
+    message = refusal(
+        scan_layer="false", steps="many", batch_size=0, dtype="float23", mesh="fsd:4", pure_nnx=True
+    )
+    for part in (
+        "scan_layer'",
+        "steps='many'",
+        "batch_size=0",
+        "'float32'?",
+        "'fsdp'?",
+        "maxkit is NNX only",
+    ):
         assert part in message
     for name in ("steps", "batch_size"):
         assert message.count(f"{name}=") == 1
@@ -188,7 +205,10 @@ def test_maxtexts_names_of_stacks_are_refused_with_the_reason(name: str) -> None
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"batch_size": 6, "gradient_accumulation_steps": 4}, "batch_size=6 is not divisible by gradient_accum"),
+        (
+            {"batch_size": 6, "gradient_accumulation_steps": 4},
+            "batch_size=6 is not divisible by gradient_accum",
+        ),
         ({"steps": -1}, "steps=-1 (keyword): must be greater than or equal to 0"),
         ({"mesh": "fsdp:0"}, "must be positive"),
         ({"mesh": "fsdp=4"}, "not axis:size"),
@@ -215,7 +235,12 @@ def test_cross_checks_wait_for_single_values() -> None:
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [("- 1\n- 2\n", "not a list"), ("a: [1\n", "is not YAML"), ("steps: many\n", "(file)"), ("stepz: 1\n", "'steps'?")],
+    [
+        ("- 1\n- 2\n", "not a list"),
+        ("a: [1\n", "is not YAML"),
+        ("steps: many\n", "(file)"),
+        ("stepz: 1\n", "'steps'?"),
+    ],
 )
 def test_bad_files(tmp_path, content: str, part: str) -> None:
     file = tmp_path / "run.yaml"
