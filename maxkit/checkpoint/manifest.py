@@ -83,7 +83,7 @@ class Manifest(BaseModel):
     has_iterator: whether they did.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     format: Literal["maxkit"] = FORMAT
     version: int = VERSION
