@@ -74,7 +74,7 @@ def run_tier(tier: str, scratch: Path, workers: int, extra: list[str]) -> Result
         [*command, *extra], cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(measured / "coverage")}
     ).returncode
     seconds = time.perf_counter() - start
-    coverage = line_coverage(scratch / f"{tier}.coverage", [measured])
+    coverage = line_coverage(scratch / f"{tier}.coverage", sorted(measured.iterdir()))
     return Result(tier, code, seconds, *counts(junit), coverage)
 
 

@@ -26,7 +26,7 @@ from maxkit.types import Tree
 class AdamPaxState(NamedTuple):
     """Flat, as in Paxml and MaxText: updates done, bias-corrected means of gradients and of their squares."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of that name, nobody calls it
     mu: Tree
     nu: Tree
 
