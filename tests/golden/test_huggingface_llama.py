@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face folders against files that transformers wrote (`make_llama_tiny.py`), and against damaged ones."""
+"""Hugging Face folders: files that transformers wrote (`make_llama_tiny.py`), ours, and damaged ones."""
 
 import json
 import shutil
