@@ -20,3 +20,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return f"allowed: {', '.join(allowed)}"
+
+
+class Stopped(UserError):
+    """The run was asked to stop, has saved what it did, and continues when it is started again."""

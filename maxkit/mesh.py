@@ -104,6 +104,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def on_devices(sharding: jax.sharding.Sharding | None, mesh: Mesh) -> NamedSharding:
+    """The same layout on the devices of `mesh`; replicated where nothing is known."""
+    return NamedSharding(mesh, sharding.spec if isinstance(sharding, NamedSharding) else P())
+
+
 def unsharded(letters_and_shapes: dict[str, tuple[str, Sequence[int]]], mesh: Mesh) -> list[str]:
     """What the table would shard but the sizes do not allow, one line each: for the plan and the hardware card."""
     lines = set()

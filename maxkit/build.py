@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe's config to the pieces of a run: architecture, definition, objective, optimizer.
+
+Shared by `run` (which trains) and `plan` (which only compiles), so that both mean the same program. Reads headers of
+checkpoints, never tensors.
+"""
+
+import dataclasses
+
+import optax
+from jax.sharding import Mesh
+
+from maxkit import mesh as meshes
+from maxkit.checkpoint import load
+from maxkit.config import Pretrain, RecipeConfig
+from maxkit.errors import UserError
+from maxkit.models.config import Execution, ModelConfig
+from maxkit.models.definition import ModelDefinition
+from maxkit.models.lora import LoraConfig
+from maxkit.objectives import NextToken
+from maxkit.optim import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """What a run is made of before anything has a value.
+
+    source holds the weights to start from (None: from scratch), `start` its path or name. `notes` say how the layout was
+    decided.
+    """
+
+    definition: ModelDefinition
+    objective: NextToken
+    optimizer: optax.GradientTransformation
+    source: load.Source | None
+    start: str | None
+    notes: tuple[str, ...]
+
+
+def blueprint(cfg: RecipeConfig, stored_scan_layers: bool | None = None, where: object = "") -> Blueprint:
+    """The pieces of the run that `cfg` describes.
+
+    Args:
+        stored_scan_layers: the layout in the run's own checkpoint at `where`, when there is one: it wins over the source's.
+
+    Raises:
+        UserError: unknown model, contradicting descriptions, an explicit `scan_layers` that is not the stored one,
+            a sequence longer than the model allows.
+    """
+    config, source, start = architecture(cfg)
+    stored, place = stored_scan_layers, where
+    if stored is None and source is not None:
+        stored, place = getattr(source, "scan_layers", None), start
+    origin = cfg.explicit.get("scan_layers", "default")
+    given = cfg.scan_layers if "scan_layers" in cfg.explicit else None
+    scan_layers, note = load.resolve_scan_layers(stored, given, origin, place)
+    if cfg.seq_len > config.max_seq_len:
+        raise UserError(
+            f"seq_len={cfg.seq_len} is longer than the model allows: max_seq_len={config.max_seq_len} "
+            f"({start or 'the sizes of this recipe'})"
+        )
+    execution = Execution(scan_layers=scan_layers, dtype=cfg.dtype, remat_policy=cfg.remat_policy)
+    definition = ModelDefinition(config, execution, lora_config(cfg) or getattr(source, "lora", None))
+    trained, _ = definition.split_trainable(definition.letters)
+    return Blueprint(
+        definition=definition,
+        objective=NextToken(num_tiles=cfg.num_vocab_tiling),
+        optimizer=make_optimizer(cfg, max(cfg.steps, 1), trained),
+        source=source,
+        start=start,
+        notes=(note,),
+    )
+
+
+def architecture(cfg: RecipeConfig) -> tuple[ModelConfig, load.Source | None, str | None]:
+    """(architecture, opened source of weights or None, its path or name).
+
+    `model` gives the architecture and, unless `load_parameters_path` is set, the weights.
+
+    Raises:
+        UserError: both record an architecture and they differ; or neither is there.
+    """
+    named = load.open_source(cfg.model) if cfg.model else None
+    if named is not None:
+        load.check_config(named, cfg.config, cfg.model)
+    if cfg.load_parameters_path:
+        source = load.open_source(cfg.load_parameters_path)
+        load.check_config(source, named.config if named else cfg.config, cfg.load_parameters_path)
+        return source.config, source, cfg.load_parameters_path
+    if named is not None:
+        return named.config, named, cfg.model
+    if isinstance(cfg, Pretrain):
+        return from_sizes(cfg), None, None
+    raise UserError(f"{cfg.recipe}: give a model, for example model=smollm2-135m-instruct")
+
+
+def from_sizes(cfg: Pretrain) -> ModelConfig:
+    """The small decoder that the pretraining recipe builds from its own parameters."""
+    return ModelConfig(
+        vocab_size=cfg.vocab_size,
+        num_layers=cfg.num_layers,
+        embed_dim=cfg.embed_dim,
+        mlp_dim=cfg.mlp_dim,
+        num_heads=cfg.num_heads,
+        num_kv_heads=cfg.num_kv_heads,
+        head_dim=cfg.embed_dim // cfg.num_heads,
+        max_seq_len=max(cfg.seq_len, 1024),
+        tie_embeddings=True,
+    )
+
+
+def lora_config(cfg: RecipeConfig) -> LoraConfig | None:
+    """The adapters that a recipe asks for, None for full training."""
+    rank = getattr(cfg, "lora_rank", 0)
+    return LoraConfig(rank=rank, alpha=cfg.lora_alpha) if rank else None
+
+
+def check_mesh(cfg: RecipeConfig, definition: ModelDefinition, mesh: Mesh) -> None:
+    """Refuse what cannot be divided over the mesh.
+
+    Raises:
+        UserError: a micro-batch that the mesh does not divide, or a mesh that shards nothing of the model.
+    """
+    micro, ways = cfg.batch_size // cfg.gradient_accumulation_steps, meshes.batch_ways(mesh)
+    if micro % ways:
+        raise UserError(
+            f"batch_size={cfg.batch_size} in gradient_accumulation_steps={cfg.gradient_accumulation_steps} gives "
+            f"{micro} rows at a time, which mesh {meshes.describe(mesh)} cannot divide over {ways} groups of devices: "
+            f"use a batch_size that is a multiple of {ways * cfg.gradient_accumulation_steps}"
+        )
+    meshes.check_shards_something(
+        {p.path: (p.letters, p.shape) for p in definition.parameters.values()}, mesh
+    )

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several hosts: start `jax.distributed` when, and only when, the environment says that there are several."""
+
+import os
+
+import jax
+
+from maxkit.errors import UserError
+
+EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def initialize() -> bool:
+    """Join the other processes of this run; does nothing on one host or when it was done before.
+
+    Either `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set, or a cluster that JAX knows
+    (Cloud TPU pod slice, Slurm, Open MPI) is found in the environment. Must run before the first array is made.
+
+    Returns:
+        Whether this process is one of several.
+
+    Raises:
+        UserError: only some of the three variables are set, or the others cannot be reached.
+    """
+    if jax.distributed.is_initialized():
+        return jax.process_count() > 1
+    given = {name: os.environ.get(name) for name in EXPLICIT}
+    if any(given.values()):
+        missing = [name for name, value in given.items() if not value]
+        if missing:
+            raise UserError(f"several hosts: {', '.join(missing)} must be set too ({', '.join(EXPLICIT)})")
+        address, count, index = given.values()
+        _join(coordinator_address=address, num_processes=int(count), process_id=int(index))
+        return True
+    if _cluster_of_several():
+        _join()
+        return True
+    return False
+
+
+def _join(**where) -> None:
+    try:
+        jax.distributed.initialize(**where)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"several hosts: jax.distributed could not start with {where or 'what it found'}: {reason}") from error
+
+
+def _cluster_of_several() -> bool:
+    """Whether the variables of a known cluster name more than one process."""
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or os.environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
+        return True
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        if os.environ.get(name, "1").isdigit() and int(os.environ.get(name, "1")) > 1:
+            return True
+    return False

@@ -1,0 +1,504 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of a recipe, cell by cell: start, data, weights, train, evaluate, generate, record.
+
+    run = maxkit.run.start(cfg)      everything a user can get wrong is refused here, before anything is loaded
+    run.load_data(); run.load_model()
+    before = run.evaluate()
+    run.train()                      resumes what the folder holds
+    run.finish()                     artefacts and report.json
+
+A run folder holds checkpoints/, tokenizer/, metrics.jsonl, figures/ and report.json. Only process 0 writes records.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from maxkit import build, distributed, nb
+from maxkit import mesh as meshes
+from maxkit.checkpoint import load
+from maxkit.checkpoint.manifest import GroupRecord, RunRecord
+from maxkit.checkpoint.store import CheckpointStore, set_iterator_state
+from maxkit.config import NOT_PART_OF_THE_RUN_NAME, Pretrain, RecipeConfig
+from maxkit.data.build import ChatData, TextData, chat_rows, text_rows
+from maxkit.data.entropy import bigram_entropy, unigram_entropy
+from maxkit.data.loader import Rows, eval_batches, make_loader
+from maxkit.data.tokenizer import Tokenizer
+from maxkit.errors import Stopped, UserError
+from maxkit.models.definition import ModelDefinition
+from maxkit.optim import learning_rate_at
+from maxkit.train.loop import Every, StopRequest, train_loop
+from maxkit.train.metrics import MetricsWriter, model_flops_per_token, peak_memory, read_metrics, throughput
+from maxkit.train.step import compile_train_step, eval_step
+from maxkit.types import Batch, TrainState, Tree
+
+COLUMNS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
+# Settings that may change between two starts of one folder: the updates still to come mean the same.
+MAY_CHANGE = NOT_PART_OF_THE_RUN_NAME | {
+    "mesh",
+    "remat_policy",
+    "num_vocab_tiling",
+    "gradient_accumulation_steps",
+    "scan_layers",  # compared with what is stored, not with what was given
+    "checkpoint_missing_param_policy",
+}
+
+
+def start(cfg: RecipeConfig) -> "Run":
+    """Find the devices, open the run folder, and check that config, model, mesh and folder fit together.
+
+    Raises:
+        UserError: anything that would make the run fail later and can be known now.
+    """
+    return Run(cfg)
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """Mean negative log-likelihood per trained token of the held-out rows, in nats."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+class Run:
+    """One execution of a recipe in this process; the methods are called in the order of the module's head."""
+
+    def __init__(self, cfg: RecipeConfig):
+        self._clock = time.perf_counter()
+        self.seconds = {"setup": 0.0, "compile": 0.0, "train": 0.0, "total": 0.0}
+        self.cfg = cfg
+        distributed.initialize()
+        self.primary = jax.process_index() == 0
+        self.folder: Path = cfg.run_folder
+        self.mesh: Mesh = meshes.make_mesh(cfg.mesh)
+        self.store = CheckpointStore(
+            self.folder / "checkpoints", max_to_keep=cfg.max_num_checkpoints_to_keep, best_metric=None
+        )
+        try:
+            self.resumed_from = self.store.latest_step()
+            previous = self.store.manifest() if self.resumed_from is not None else None
+            if previous is not None:
+                _check_same_run(cfg, previous.config, self.folder)
+            stored = previous.scan_layers if previous else None
+            self.blueprint = build.blueprint(cfg, stored, self.folder)
+            self.definition: ModelDefinition = self.blueprint.definition
+            build.check_mesh(cfg, self.definition, self.mesh)
+        except BaseException:
+            self.store.close()
+            raise
+        self.report: list[str] = list(self.blueprint.notes)
+        self.tokenizer: Tokenizer | None = None
+        self.data: ChatData | TextData | None = None
+        self.state: TrainState | None = None
+        self.history: list[dict[str, float]] = []
+        self.metrics: dict[str, float] = {}
+        self.artifacts: list[Path] = []
+        self.steps_done = self.resumed_from or 0
+        self._steps_before = self.steps_done
+        self._iterator: Any = None
+        self._eval = eval_step(self.definition, self.blueprint.objective)
+        self.seconds["setup"] += time.perf_counter() - self._clock
+
+    # ------------------------------------------------------------ what a notebook shows
+
+    def hardware(self) -> Any:
+        """A card: devices, mesh, precision, what the mesh leaves whole."""
+        device, cfg = jax.devices()[0], self.cfg
+        facts = {
+            "platform": device.platform,
+            "devices": f"{jax.device_count()} x {device.device_kind}",
+            "processes": jax.process_count(),
+            "mesh": meshes.describe(self.mesh),
+            "weights": "float32",
+            "activations": cfg.dtype,
+            "layers": "scanned" if self.definition.execution.scan_layers else "unrolled",
+            "run folder": _display_path(self.folder),
+        }
+        if self.resumed_from is not None:
+            facts["continues"] = f"after update {self.resumed_from} of {cfg.steps}"
+        notes = meshes.unsharded(
+            {p.path: (p.letters, p.shape) for p in self.definition.parameters.values()}, self.mesh
+        )
+        return nb.hardware_card(facts, notes=[*self.blueprint.notes, *notes])
+
+    def describe_model(self) -> Any:
+        """A table: every kind of tensor with its letters, shape and share of the parameters."""
+        rows, total = [], self.definition.num_params
+        for p in self.definition.parameters.values():
+            rows.append(
+                {
+                    "parameter": p.path,
+                    "letters": p.letters,
+                    "shape": " x ".join(map(str, p.shape)),
+                    "parameters": math.prod(p.shape),
+                    "trained": self.definition.lora is None or p.trainable_adapter,
+                }
+            )
+        if len(rows) > 40:
+            kinds: dict[str, dict] = {}
+            for p, row in zip(self.definition.parameters.values(), rows, strict=True):
+                kind = kinds.setdefault(p.address, {**row, "parameter": p.address, "parameters": 0, "tensors": 0})
+                kind["parameters"] += row["parameters"]
+                kind["tensors"] += 1
+            rows = list(kinds.values())
+        trained = sum(math.prod(p.shape) for p in self.definition.parameters.values()
+                      if self.definition.lora is None or p.trainable_adapter)  # fmt: skip
+        return nb.table(rows, title=f"{total:,} parameters, {trained:,} of them trained")
+
+    def estimate(self) -> Any:
+        """A card: the arithmetic and memory of the run, from formulas, before anything is spent."""
+        cfg, definition = self.cfg, self.definition
+        tokens = cfg.batch_size * cfg.seq_len
+        flops = model_flops_per_token(definition.config, cfg.seq_len, frozen_weights=definition.lora is not None)
+        trained = sum(math.prod(p.shape) for p in definition.parameters.values()
+                      if definition.lora is None or p.trainable_adapter)  # fmt: skip
+        moments = {"adamw": 2, "adam_pax": 2, "sgd": 0}[cfg.optimizer]
+        state = definition.num_params * 4 + trained * 4 * moments
+        return nb.hardware_card(
+            {
+                "tokens per update": f"{tokens:,}",
+                "model FLOPs per update": f"{flops * tokens / 1e12:.3g} TFLOP",
+                "weights and optimizer": f"{state / 2**30:.2f} GiB over all devices",
+                "gradients": f"{trained * 4 / 2**30:.2f} GiB",
+                "updates": f"{max(cfg.steps - self.steps_done, 0)} to do of {cfg.steps}",
+            },
+            title="What the run will need",
+        )
+
+    # ------------------------------------------------------------ data and weights
+
+    def load_data(self) -> ChatData | TextData:
+        """Read, encode, split and pack the data set; nothing is dropped without being counted in its report."""
+        start = time.perf_counter()
+        cfg, source = self.cfg, self.blueprint.source
+        tokenizer = source.tokenizer() if source is not None else None
+        if isinstance(cfg, Pretrain):
+            size = None if tokenizer is not None else cfg.vocab_size
+            self.data = text_rows(cfg, seed=cfg.seed, tokenizer=tokenizer, vocab_size=size)
+            self.tokenizer = self.data.tokenizer
+        else:
+            if tokenizer is None:
+                raise UserError(f"model={cfg.model!r} has no tokenizer: a chat model needs one with a chat template")
+            self.tokenizer = tokenizer
+            self.data = chat_rows(cfg, tokenizer, seed=cfg.seed)
+        if self.tokenizer.vocab_size > self.definition.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model only "
+                f"vocab_size={self.definition.config.vocab_size}"
+            )
+        self._iterator = make_loader(
+            self.data.train,
+            batch_size=cfg.batch_size,
+            seed=cfg.seed,
+            shuffle=cfg.shuffle,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        if self.primary:
+            self.tokenizer.save(self.folder / "tokenizer")
+        self.seconds["setup"] += time.perf_counter() - start
+        return self.data
+
+    def load_model(self) -> TrainState:
+        """The state to train: from the run's newest checkpoint, from the source's weights, or from the seed."""
+        start = time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            if self.resumed_from is not None:
+                self.state = self._restore()
+            else:
+                self.state = self._first_state(self._initial_params())
+        self.seconds["setup"] += time.perf_counter() - start
+        return self.state
+
+    def _initial_params(self) -> Tree:
+        source = self.blueprint.source
+        if source is None:
+            return self.definition.init(self.cfg.seed, self.mesh)
+        return load.read_params(
+            source,
+            self.definition,
+            self.mesh,
+            missing=self.cfg.checkpoint_missing_param_policy,
+            report=self.report,
+            seed=self.cfg.seed,
+        )
+
+    def _first_state(self, params: Tree) -> TrainState:
+        trained, base = self.definition.split_trainable(params)
+        replicated = meshes.replicated(self.mesh)
+        return TrainState(
+            step=jax.device_put(jnp.zeros((), jnp.int32), replicated),
+            params=trained,
+            base=base,
+            opt_state=jax.jit(self.blueprint.optimizer.init)(trained),
+            rng=jax.device_put(jax.random.key(self.cfg.seed), replicated),
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the training state; allocates nothing."""
+        shardings = self.definition.flat(self.definition.shardings(self.mesh))
+        params = self.definition.unflat(
+            {
+                path: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=shardings[path])
+                for path, p in self.definition.parameters.items()
+            }
+        )
+        shapes = jax.eval_shape(self._first_state, params)
+        # Inside eval_shape a sharding knows its axes but not the devices; a restore needs both.
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.on_devices(x.sharding, self.mesh)), shapes
+        )
+
+    def _restore(self) -> TrainState:
+        found = self.store.restore(self.resumed_from, self.abstract_state())
+        self.report += found.notes
+        if found.manifest.data != self._data_digest():
+            raise UserError(
+                f"{self.folder}: the data set gives other rows than when the run began; restore the data, or give a new run_dir"
+            )
+        set_iterator_state(self._iterator, found.iterator_state)
+        if self.primary:
+            self.history = [row for row in read_metrics(self.folder) if row["step"] <= self.resumed_from]
+        return found.state
+
+    # ------------------------------------------------------------ training
+
+    def train(self) -> list[dict[str, float]]:
+        """Do the updates that are missing; returns the history of the whole run, one row per logged update.
+
+        Raises:
+            Stopped: SIGTERM or SIGINT arrived; what was done is saved and the same command continues it.
+        """
+        cfg = self.cfg
+        if self.steps_done >= cfg.steps:
+            return self.history
+        with jax.set_mesh(self.mesh), StopRequest() as stop, self._writer() as writer:
+            step = self._compile()
+            started = time.perf_counter()
+            progress = nb.Progress(cfg.steps, done=self.steps_done, enabled=self.primary)
+            on_metrics = self._metrics_hook(writer, progress)
+            self.state, self.steps_done, reason = train_loop(
+                step,
+                self.state,
+                self._batches(),
+                done=self.steps_done,
+                total=cfg.steps,
+                on_metrics=on_metrics,
+                hooks=[Every(cfg.checkpoint_period, self._save)],
+                stop=stop,
+                # A CPU computes while it dispatches: looking ahead would only blur the times of single updates.
+                lookahead=jax.devices()[0].platform != "cpu",
+            )
+            self.store.wait()
+            progress.close()
+            self.seconds["train"] += time.perf_counter() - started
+        if reason:
+            self.store.close()
+            raise Stopped(
+                f"stopped by {reason} after update {self.steps_done} of {cfg.steps}, which is saved in {self.folder}: "
+                "start the same command again to continue"
+            )
+        return self.history
+
+    def _compile(self):
+        start = time.perf_counter()
+        step = compile_train_step(
+            self.definition,
+            self.blueprint.objective,
+            self.blueprint.optimizer,
+            self.cfg.gradient_accumulation_steps,
+        )
+        rows = {name: np.zeros((self.cfg.batch_size, self.cfg.seq_len), np.int32) for name in COLUMNS}
+        rows["loss_mask"] = rows["loss_mask"].astype(np.float32)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.batch_sharding(self.mesh)), Batch(**rows)
+        )
+        compiled = step.lower(self.state, shapes, None).compile()
+        self.seconds["compile"] += time.perf_counter() - start
+        return lambda state, batch: compiled(state, batch, None)
+
+    def _metrics_hook(self, writer: MetricsWriter, progress: Any):
+        cfg, tokens = self.cfg, self.cfg.batch_size * self.cfg.seq_len
+        flops = model_flops_per_token(
+            self.definition.config, cfg.seq_len, frozen_weights=self.definition.lora is not None
+        )
+
+        def hook(step: int, metrics: dict[str, float], seconds: float) -> None:
+            if not math.isfinite(metrics["loss"]):
+                raise UserError(
+                    f"the loss of update {step} is {metrics['loss']}: lower learning_rate, or see the page on NaNs; "
+                    f"the last saved update is {self.store.latest_step()}"
+                )
+            row = {**metrics, "learning_rate": float(learning_rate_at(cfg, max(cfg.steps, 1), step - 1))}
+            row |= throughput(tokens, seconds, flops)
+            row["perf/peak_memory_bytes"] = peak_memory().bytes
+            if step % cfg.log_period == 0 or step in (1, cfg.steps):
+                writer.write(step, row)
+                self.history.append({"step": step, **row})
+            progress(step, row)
+
+        return hook
+
+    def _writer(self) -> MetricsWriter:
+        return MetricsWriter(self.folder, restored_step=self.steps_done)
+
+    def _batches(self) -> Iterator[Batch]:
+        while True:
+            yield self._put(next(self._iterator))
+
+    def _put(self, rows: dict[str, np.ndarray]) -> Batch:
+        """This process's rows as its part of a global batch on the mesh."""
+        sharding = meshes.batch_sharding(self.mesh)
+
+        def put(x: np.ndarray) -> jax.Array:
+            shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+            return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(x), shape)
+
+        return Batch(**{name: put(rows[name]) for name in COLUMNS})
+
+    def _save(self, step: int, state: TrainState) -> None:
+        metrics = {"loss": self.history[-1]["loss"]} if self.history else {}
+        self.store.save(step, state, self._record(), self._iterator, metrics)
+
+    def _record(self) -> RunRecord:
+        definition = self.definition
+        model = definition.config.model_dump(mode="json")
+        if definition.lora is not None:
+            model["lora"] = definition.lora.model_dump(mode="json")
+        folder = self.folder / "tokenizer"
+        return RunRecord(
+            scan_layers=definition.execution.scan_layers,
+            config=json.loads(self.cfg.model_dump_json()),
+            explicit=self.cfg.explicit,
+            model=model,
+            groups=tuple(
+                GroupRecord(name=g.name, pattern_length=len(g.pattern), repeats=g.repeats)
+                for g in definition.config.layer_groups()
+            ),
+            optimizer=self.cfg.optimizer,
+            tokenizer={p.name: p.read_bytes() for p in sorted(folder.iterdir())} if folder.exists() else {},
+            parent=self.blueprint.start,
+            data=self._data_digest(),
+        )
+
+    def _data_digest(self) -> str:
+        return self.data.train.digest()
+
+    # ------------------------------------------------------------ looking at the result
+
+    @property
+    def params(self) -> Tree:
+        """All of the model's weights as they are now."""
+        return self.definition.join(self.state.params, self.state.base)
+
+    @property
+    def loaded(self) -> load.Loaded:
+        """The model as it is now, in the form that `maxkit.generate` and `maxkit.save` take."""
+        return load.Loaded(
+            self.definition, self.params, self.tokenizer, tuple(self.report), str(self.folder), self.mesh
+        )
+
+    def evaluate(self, rows: Rows | None = None) -> Evaluation:
+        """The held-out loss of the weights as they are now: the sum over all rows divided once."""
+        rows = rows if rows is not None else self.data.held_out
+        ways = meshes.batch_ways(self.mesh)
+        size = -(-min(self.cfg.batch_size, max(len(rows), 1)) // ways) * ways
+        nll = tokens = 0.0
+        with jax.set_mesh(self.mesh):
+            for batch in eval_batches(
+                rows, batch_size=size, process_index=jax.process_index(), process_count=jax.process_count()
+            ):
+                put = self._put(batch)
+                terms, _ = self._eval(self.params, put, None)
+                nll += float(terms["tokens"])
+                tokens += float(jnp.sum(put.loss_mask))
+        return Evaluation(nll / max(tokens, 1.0), int(tokens))
+
+    def generate(self, prompts: Sequence[Any], **options: Any) -> list[str]:
+        """Answers or continuations of the weights as they are now; options as in `maxkit.generate`."""
+        with jax.set_mesh(self.mesh):
+            from maxkit.infer.generate import generate
+
+            return generate(self.loaded, prompts, **options)
+
+    def entropy_bars(self) -> dict[str, float]:
+        """What a model that only counts tokens, or pairs of them, would reach on the held-out text (nats per token)."""
+        data, size = self.data, self.definition.config.vocab_size
+        return {
+            "unigram": unigram_entropy(data.train_tokens, data.held_out_tokens, size),
+            "bigram": bigram_entropy(data.train_tokens, data.held_out_tokens, size),
+        }
+
+    # ------------------------------------------------------------ the end
+
+    def finish(self, metrics: dict[str, float] | None = None, artifacts: Sequence[str | Path] = ()) -> Any:
+        """Write `report.json` (also when a check failed), then raise if one did; a table of the artefacts.
+
+        Raises:
+            CheckFailed: a value stated with `nb.expect` lies outside what was expected.
+        """
+        self.store.wait()
+        self.seconds["total"] = time.perf_counter() - self._clock
+        measured = {**self.metrics, **(metrics or {})}
+        if self.history:
+            measured |= {"loss/first": self.history[0]["loss"], "loss/last": self.history[-1]["loss"]}
+            measured["perf/peak_memory_bytes"] = self.history[-1]["perf/peak_memory_bytes"]
+            rates = sorted(row["perf/tokens_per_s"] for row in self.history[-20:])
+            measured["perf/tokens_per_s"] = rates[len(rates) // 2]
+        latest = self.store.latest_step()
+        paths = [Path(p) for p in artifacts]
+        if latest is not None:
+            paths.append(Path(str(self.store.step_path(latest))))
+        record = nb.write_report(
+            self.folder,
+            self.cfg,
+            steps_done=self.steps_done,
+            steps_this_run=self.steps_done - self._steps_before,
+            metrics=measured,
+            seconds=self.seconds,
+            artifacts=paths if self.primary else [],
+            environment={"mesh": meshes.describe(self.mesh), "scan_layers": self.definition.execution.scan_layers},
+        )
+        self.store.close()
+        return record
+
+
+def _check_same_run(cfg: RecipeConfig, before: dict[str, Any], folder: Path) -> None:
+    """Refuse a folder that was made with other settings: its updates would not mean the same.
+
+    Raises:
+        UserError: names every setting that differs, with both values.
+    """
+    now = json.loads(cfg.model_dump_json())
+    differing = [
+        f"{name}: {before[name]!r} there, {now[name]!r} given"
+        for name in sorted(now)
+        if name in before and name not in MAY_CHANGE and before[name] != now[name]
+    ]
+    if differing:
+        raise UserError(
+            f"run_dir={_display_path(folder)} holds a run with other settings ({'; '.join(differing)}): give another "
+            "run_dir, or the settings it was made with"
+        )
+
+
+def _display_path(path: Path) -> str:
+    """The path from where the user stands: committed notebooks must not hold somebody's home."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return path.name
