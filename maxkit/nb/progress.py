@@ -27,7 +27,7 @@ SECONDS_BETWEEN_DRAWINGS = 1.0
 
 
 class Progress:
-    """Tells how far a run is. Call it after each update with the step (1 is the first) and its metrics.
+    """Tells how far a run is. Call it after each update: it is an `on_metrics` of `train_loop`.
 
     `total` is the last step, `done` the steps that an earlier run did. Off where `enabled` is false
     (processes other than 0). `live` None means: find out.
@@ -39,18 +39,20 @@ class Progress:
         self.history: list[dict[str, Any]] = []
         self.lines = 0
         self._marks = line_steps(done, total)
-        self._started = self._first = time.monotonic()
+        self._started = self._before = time.monotonic()
+        self._seconds: list[float] = []
         self._drawn = 0.0
         self._handle: Any = None
         if enabled and done and done < total:
             self._line(f"continuing after update {done} of {total}")
 
-    def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Note the metrics of update `step`."""
+    def __call__(self, step: int, metrics: Mapping[str, Any], seconds: float | None = None) -> None:
+        """Note the metrics of update `step` (1 is the first), which took `seconds`."""
         if not self.enabled:
             return
-        if not self.history:
-            self._first = time.monotonic()
+        now = time.monotonic()
+        self._seconds.append(now - self._before if seconds is None else seconds)
+        self._before = now
         numbers = {name.rsplit("/", 1)[-1]: float(value) for name, value in metrics.items()}
         self.history.append({"step": step, **numbers})
         if self.live:
@@ -64,12 +66,11 @@ class Progress:
         width = len(str(self.total))
         row = self.history[-1]
         told = [f"{name} {_short(row[key])}" for key, name in SHOWN.items() if key in row]
-        updates = step - self.history[0]["step"]
-        if updates and step < self.total:
-            # From the end of the first update: it compiles, the others do not.
-            per_update = (time.monotonic() - self._first) / updates
-            told.append(f"{_duration(per_update * (self.total - step))} left")
-        return f"update {step:>{width}}/{self.total}  " + "  ".join(told)
+        after_first = self._seconds[1:]  # the first update compiles, the others do not
+        if after_first and step < self.total:
+            left = sum(after_first) / len(after_first) * (self.total - step)
+            told.append(f"{_duration(left)} left")
+        return "  ".join([f"update {step:>{width}}/{self.total}", *told])
 
     def close(self, message: str = "") -> None:
         """Say that it is over. Calling it is optional, and calling it twice does nothing."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of a run: `<run_dir>/report.json`, the one thing that other programs read."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -108,17 +109,18 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the reason is told already
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`maxkit.bind` in real kernels: papermill's command and API, plain nbclient, late re-runs, and outside a notebook."""
+"""`maxkit.bind` in real kernels: papermill, plain nbclient, late re-runs, and outside a notebook."""
 
 import json
 import re
@@ -131,7 +131,7 @@ def test_rerun_late_among_many_other_globals(tmp_path: Path) -> None:
         TELL,
     ]
     parameters, explicit = by_client(tmp_path, cells)
-    # The recipe's own cell ran last: its 20 is the default again, and what papermill injected before is overwritten.
+    # The own cell ran last: its 20 is the default again and has overwritten what was injected before.
     assert (parameters["steps"], parameters["scan_layers"]) == (20, True)
     assert explicit == {"scan_layers": "notebook"}
 

@@ -44,7 +44,8 @@ def test_every_field_has_a_description_and_a_default(kind: type[RecipeConfig]) -
 
 
 def test_recipes_take_the_stable_parameters() -> None:
-    stable = """run_dir seed scan_layers model config load_parameters_path checkpoint_missing_param_policy steps batch_size
+    stable = """run_dir seed scan_layers model config load_parameters_path checkpoint_missing_param_policy
+        steps batch_size
         gradient_accumulation_steps seq_len learning_rate mesh""".split()
     for entry in RECIPES.values():
         assert set(stable) <= set(entry.config.model_fields)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures: saved twice, described in words, opaque, not blank, the same bytes each time."""
+
+import base64
+import io
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from maxkit.errors import UserError
+from maxkit.nb.figures import Figure, bars_figure, loss_figure
+
+HISTORY = [{"step": i, "loss": 4.0 / i + 1} for i in range(1, 41)]
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    return matplotlib.image.imread(io.BytesIO(figure.png), format="png")  # [height, width, 4]
+
+
+def loss() -> Figure:
+    return loss_figure(
+        HISTORY, lines={"bigram entropy": 2.4}, others={"held-out": [(0, 5.0), (40, 1.5)]}, band=(1, 1.3)
+    )
+
+
+def bars() -> Figure:
+    return bars_figure({"loss": {"before": 3.1, "after": 2.0}}, title="Before and after", ylabel="nats")
+
+
+@pytest.mark.parametrize("make", [loss, bars])
+def test_a_figure_is_an_opaque_white_card_that_is_not_blank(make) -> None:
+    image = pixels(make())
+    assert image[..., 3].min() == 1.0
+    for corner in (image[0, 0], image[0, -1], image[-1, 0], image[-1, -1]):
+        assert np.allclose(corner, 1.0)
+    assert image[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize("make", [loss, bars])
+def test_alt_text_is_there_and_of_a_readable_length(make) -> None:
+    figure = make()
+    data, metadata = figure._repr_mimebundle_()
+    assert 20 <= len(figure.alt) <= 250
+    assert data["text/plain"] == metadata["image/png"]["alt"] == repr(figure) == figure.alt
+    assert base64.b64decode(data["image/png"]) == figure.png
+
+
+@pytest.mark.parametrize("make", [loss, bars])
+def test_the_same_data_gives_the_same_bytes(make) -> None:
+    assert make().svg == make().svg and make().png == make().png
+
+
+def test_text_in_the_svg_is_text() -> None:
+    words = re.sub(r"<[^>]+>", " ", loss().svg)
+    for part in ("bigram entropy 2.40", "held-out", "expected", "updates", "nats per token"):
+        assert part in words
+
+
+def test_what_the_alt_text_says() -> None:
+    assert loss().alt == (
+        "Line chart, Training loss: training from 5.00 at update 1 to 1.10 at update 40; held-out from 5.00 at "
+        "update 0 to 1.50 at update 40; dashed mark at 2.40, bigram entropy; grey band: the expected range."
+    )
+    assert bars().alt == "Bar chart, Before and after. loss: before 3.1, after 2."
+
+
+def test_files_lie_beside_the_run(tmp_path) -> None:
+    figure = loss_figure(
+        HISTORY[:1], band=[(0, 4.0, 6.0), (1, 4.0, 6.0)], save_as=tmp_path / "run" / "loss.v1"
+    )
+    assert [p.name for p in figure.paths] == ["loss.v1.svg", "loss.v1.png"]
+    assert figure.paths[0].read_text() == figure.svg and figure.paths[1].read_bytes() == figure.png
+
+
+def test_refusals(tmp_path) -> None:
+    with pytest.raises(UserError, match="both 'step' and 'train/loss'"):
+        loss_figure(HISTORY, y="train/loss")
+    with pytest.raises(UserError, match="same bars"):
+        bars_figure({"a": {"x": 1.0}, "b": {"y": 1.0}}, title="t", ylabel="y")
+    with pytest.raises(UserError, match="same bars"):
+        bars_figure({}, title="t", ylabel="y")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write figure"):
+        loss_figure(HISTORY, save_as=tmp_path / "file" / "loss")
