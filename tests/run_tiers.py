@@ -61,7 +61,7 @@ def counts(junit: Path) -> tuple[int, int, int]:
     return total - failed - skipped, failed, skipped
 
 
-def run_tier(tier: str, scratch: Path, workers: int, extra: list[str]) -> Result:
+def run_tier(tier: str, scratch: Path, workers: int) -> Result:
     """Run `tests/<tier>` in a process of its own, so that no tier inherits another's JAX state."""
     junit, measured = scratch / f"{tier}.xml", scratch / tier
     measured.mkdir()
@@ -71,7 +71,7 @@ def run_tier(tier: str, scratch: Path, workers: int, extra: list[str]) -> Result
         command += ["-n", str(workers), "--dist", "loadfile"]
     start = time.perf_counter()
     code = subprocess.run(
-        [*command, *extra], cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(measured / "coverage")}
+        command, cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(measured / "coverage")}
     ).returncode
     seconds = time.perf_counter() - start
     coverage = line_coverage(scratch / f"{tier}.coverage", sorted(measured.iterdir()))
@@ -83,7 +83,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the test tiers, see the head of this file.")
     parser.add_argument("tiers", nargs="*", default=DEFAULT, help=f"default: {' '.join(DEFAULT)}")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="pytest processes")
-    arguments, extra = parser.parse_known_args()
+    arguments = parser.parse_args()
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -92,7 +92,7 @@ def main() -> int:
                 print(f"--- {tier}: no test files", flush=True)
                 continue
             print(f"--- {tier}", flush=True)
-            results.append(run_tier(tier, scratch, arguments.workers, extra))
+            results.append(run_tier(tier, scratch, arguments.workers))
             print(results[-1], flush=True)
         measured = [scratch / f"{result.tier}.coverage" for result in results]
         overall = line_coverage(scratch / "all.coverage", [path for path in measured if path.exists()])
