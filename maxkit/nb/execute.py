@@ -42,7 +42,7 @@ class Stopped(Exception):
 
 
 class Prepared(NamedTuple):
-    """A run that was checked: nothing was started or written yet."""
+    """A run that was checked; nothing was started yet."""
 
     config: RecipeConfig
     notebook: Path
@@ -103,7 +103,6 @@ def execute(run: Prepared) -> dict[str, Any]:
         CheckFailed: raised in the notebook, or the record says so.
         Stopped: a signal ended it.
     """
-    run.output.parent.mkdir(parents=True, exist_ok=True)
     report = run.config.run_folder / REPORT
     before = report.stat().st_mtime_ns if report.exists() else 0
     with _kernel_environment(run.sources):
@@ -220,9 +219,10 @@ def _kernel_died(error: BaseException, output: Path) -> BaseException:
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuse before a kernel starts, without leaving a folder behind if the next check refuses."""
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"cannot write to {str(folder)!r}: {str(existing)!r} is not a folder that may be written"
-        )
+    """Make the folder, or refuse before a kernel starts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # permissions do not tell of a full or read-only disk
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}") from error
