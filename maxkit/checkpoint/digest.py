@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A digest per array that does not depend on sharding, computed where the array lives.
 
-The formula is in `digest_numpy.py`. Here it is one fused reduction per leaf on the device (about 0.06 s per GB on
-one CPU core, no temporary), so that a training run can digest its state while it saves and a restore on any
-mesh can verify it. One jitted function per leaf shape, not one per tree: an unrolled model of 30 layers has 800
-leaves of ten shapes, and only the ten are compiled.
+The formula is in `digest_numpy.py`. Here it is one fused reduction per leaf on the device (about 0.06 s per
+GB on one CPU core, no temporary), so that a training run can digest its state while it saves and a restore on
+any mesh can verify it. One jitted function per leaf shape, not one per tree: an unrolled model of 30 layers
+has 800 leaves of ten shapes, and only the ten are compiled.
 """
 
 import dataclasses
@@ -44,7 +44,8 @@ def array_lanes(array: jax.Array) -> jax.Array:
     inner = digest_numpy.inner_words(words.shape, 1)
     lanes = [_mixed(words, inner, constants) for constants in digest_numpy.LANES]
     zero = jnp.uint32(0)
-    # One variadic reduction keeps both lanes in one pass; two separate sums made XLA store the mixed words (11x slower).
+    # One variadic reduction keeps both lanes in one pass; two separate sums made XLA store the mixed words
+    # (11x slower).
     sums = lax.reduce(
         tuple(lanes), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), tuple(range(words.ndim))
     )
@@ -67,9 +68,11 @@ class PendingDigests:
 
 
 def start_digests(tree: Tree) -> PendingDigests:
-    """Start the digests of all leaves; returns at once for device arrays. Every process of a run must call it.
+    """Start the digests of all leaves; returns at once for device arrays. Every process of a run must call
+    it.
 
-    Leaves may live on different devices (a key on one, weights on all). numpy leaves are digested in numpy here and now.
+    Leaves may live on different devices (a key on one, weights on all). numpy leaves are digested in numpy
+    here and now.
     """
     lanes = {}
     for path, leaf in named_leaves(tree).items():
@@ -117,7 +120,9 @@ def _mixed(words: jax.Array, inner: int, constants: tuple) -> jax.Array:
 
 
 def _positions(words: jax.Array, inner: int, step: int, outer_step: int, seed: int) -> jax.Array:
-    """`n * step + outer * outer_step + seed` of every word, from one iota per dimension (a reshape would reshard)."""
+    """`n * step + outer * outer_step + seed` of every word, from one iota per dimension (a reshape would
+    reshard).
+    """
     total = jnp.full(words.shape, np.uint32(seed))
     for axis, extent in enumerate(words.shape):
         stride = math.prod(words.shape[axis + 1 :])

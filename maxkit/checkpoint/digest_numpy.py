@@ -2,10 +2,10 @@
 """The 64-bit digest of one array, in numpy: for readers that have no JAX.
 
 The formula, shared with `digest.py` (which computes it on the device):
-an element is one 32-bit word (8 and 16 bit patterns are zero-extended) or, from 64 bits on, several words, low first.
-Word number n holds w; each of two lanes adds `mix(w ^ (n * step + seed))` modulo 2^32, `mix` being a bijective
-finaliser. A sum of integers has no order, so the digest knows nothing of shards, layouts on disk or devices;
-a bijection means that a change inside a single word always changes both lanes.
+an element is one 32-bit word (8 and 16 bit patterns are zero-extended) or, from 64 bits on, several words,
+low first. Word number n holds w; each of two lanes adds `mix(w ^ (n * step + seed))` modulo 2^32, `mix` being
+a bijective finaliser. A sum of integers has no order, so the digest knows nothing of shards, layouts on disk
+or devices; a bijection means that a change inside a single word always changes both lanes.
 Arrays of more than 2^32 words have (outer, n) in place of n: n counts the words of the largest group of
 trailing dimensions that has at most 2^32 of them, outer counts the groups.
 Shape and dtype are not part of it: the manifest records them beside it.

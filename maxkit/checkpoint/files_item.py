@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An Orbax item that is a folder of plain files: the manifest with the tokenizer, and the data position per process.
+"""An Orbax item that is a folder of plain files: the manifest with the tokenizer, and the data position per
+process.
 
 Next to read: `store.py`.
 """
@@ -41,8 +42,8 @@ class FilesHandler(ocp.AsyncCheckpointHandler):
         raise NotImplementedError
 
     def restore(self, directory: epath.Path, args: "FilesArgs | None" = None) -> dict[str, bytes]:
-        """The files, {name: content}."""
-        return {str(p.relative_to(directory)): p.read_bytes() for p in directory.glob("**/*") if p.is_file()}
+        """Not used: `manifest.py` reads the files without Orbax."""
+        raise NotImplementedError
 
 
 @ocp.args.register_with_handler(FilesHandler, for_save=True, for_restore=True)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say what a path holds without reading a tensor: maxkit, Hugging Face, GGUF, safetensors, MaxText, Tunix, Orbax.
+"""Say what a path holds without reading a tensor: maxkit, Hugging Face, GGUF, safetensors, MaxText, Tunix,
+Orbax.
 
 Imports neither JAX nor Orbax (a test asserts it): the JSON that Orbax writes is read as it is, and where it
-leaves out shapes and dtypes TensorStore reads the arrays' headers. Next to read: `manifest.py`, `formats/maxtext_tree.py`.
+leaves out shapes and dtypes TensorStore reads the arrays' headers. Next to read: `manifest.py`,
+`formats/maxtext_tree.py`.
 """
 
 import collections
@@ -33,9 +35,11 @@ _DTYPES = {
 class CheckpointLocation(NamedTuple):
     """What was found at a path.
 
-    kind: "maxkit", "orbax" (MaxText, Tunix and others; `describe` tells them apart), "hf", "gguf" or "safetensors".
+    kind: "maxkit", "orbax" (MaxText, Tunix and others; `describe` tells them apart), "hf", "gguf" or
+    "safetensors".
     path: the step directory, the model's folder, or the file; for an item without a step, the item.
-    step: its number, where the folder has one. item: the item that holds the arrays ("" when `path` is the item).
+    step: its number, where the folder has one. item: the item that holds the arrays ("" when `path` is the
+    item).
     steps: all committed steps beside it, oldest first.
     """
 
@@ -82,8 +86,9 @@ def find(path: str | os.PathLike) -> CheckpointLocation:
 def describe(path: str | os.PathLike) -> dict[str, Any]:
     """What `maxkit inspect` shows.
 
-    Keys: format, family, scan_layers (None where layers have no layout), num_params (elements of the weights),
-    groups, dtypes ({dtype: number of weight tensors}), step, optimizer, metadata (everything else that is known).
+    Keys: format, family, scan_layers (None where layers have no layout), num_params (elements of the
+    weights), groups, dtypes ({dtype: number of weight tensors}), step, optimizer, metadata (everything else
+    that is known).
 
     Raises:
         UserError: nothing known is there, or its description is damaged.
@@ -104,7 +109,9 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def step_metadata(step_path: Any) -> dict[str, Any]:
-    """The step-level `custom_metadata`, {} where there is none (MaxText writes {"scan_layers": bool} there)."""
+    """The step-level `custom_metadata`, {} where there is none (MaxText writes {"scan_layers": bool}
+    there).
+    """
     path = step_path / STEP_METADATA
     if not path.exists():
         return {}
@@ -369,8 +376,6 @@ def _shape_and_dtype(header: dict[str, Any]) -> tuple[tuple[int, ...], str]:
 
 
 def _total_bytes(path: Any) -> int:
-    if path.is_file():
-        return path.stat().st_size if isinstance(path, pathlib.Path) else path.stat().length
-    if not isinstance(path, pathlib.Path):
-        return sum(p.stat().length for p in path.glob("**/*") if p.is_file())
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    if path.is_dir():
+        return sum(_total_bytes(child) for child in path.iterdir())
+    return path.stat().st_size if isinstance(path, pathlib.Path) else path.stat().length

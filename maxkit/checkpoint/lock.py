@@ -14,8 +14,8 @@ LOCK_FILE = ".lock"
 class FolderLock:
     """The exclusive right of this process to write into a local folder.
 
-    A POSIX record lock: it is not inherited by forked data workers, works on NFS, and ends with the process, also
-    after kill -9. Within one process it does not exclude; the store takes care of that.
+    A POSIX record lock: it is not inherited by forked data workers, works on NFS, and ends with the process,
+    also after kill -9. Within one process it does not exclude; the store takes care of that.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -48,7 +48,9 @@ class FolderLock:
         os.pwrite(self._file, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
 
     def release(self) -> None:
-        """Give the lock back; the file stays (removing it would let two processes lock two files of one name)."""
+        """Give the lock back; the file stays (removing it would let two processes lock two files of one
+        name).
+        """
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

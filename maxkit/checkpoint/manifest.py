@@ -32,7 +32,9 @@ class DamagedCheckpoint(UserError):
 
 
 class GroupRecord(BaseModel):
-    """One layer group: a pattern of `pattern_length` blocks, `repeats` times, stacked on `layer_axis` when scanned."""
+    """One layer group: a pattern of `pattern_length` blocks, `repeats` times, stacked on `layer_axis` when
+    scanned.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -85,7 +87,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
-    format: Literal["maxkit"] = FORMAT
+    format: Literal["maxkit"] = "maxkit"
     version: int = VERSION
     step: int
     scan_layers: bool
@@ -142,8 +144,8 @@ def read_manifest(step_path: Any) -> Manifest:
         checksum = body.pop("sha256")
         if body["version"] > VERSION and checksum == _body_sha256(body):
             raise UserError(
-                f"{path}: version {body['version']} of the checkpoint format, this maxkit reads up to {VERSION}: "
-                "upgrade maxkit"
+                f"{path}: version {body['version']} of the checkpoint format, this maxkit reads up to "
+                f"{VERSION}: upgrade maxkit"
             )
         if checksum != _body_sha256(body):
             raise DamagedCheckpoint(f"{path}: its checksum does not match its content: the file was changed")
@@ -182,8 +184,8 @@ def read_tokenizer(step_path: Any, manifest: Manifest) -> dict[str, bytes]:
 def iterator_files(state: Any, process: int, processes: int) -> dict[str, bytes]:
     """The files of one process in the `iterator` item.
 
-    `state` is what a Grain iterator's `get_state()` returns: JSON values or JSON bytes. The file is the one that
-    Grain's own Orbax handler would write and reads; the checksum beside it is ours.
+    `state` is what a Grain iterator's `get_state()` returns: JSON values or JSON bytes. The file is the one
+    that Grain's own Orbax handler would write and reads; the checksum beside it is ours.
     """
     content = state if isinstance(state, bytes) else json.dumps(state, indent=4).encode()
     name = iterator_file(process, processes)
@@ -204,8 +206,9 @@ def read_iterator(step_path: Any, process: int, processes: int) -> Any:
         if written and not any(name.endswith(f"-of-{processes}.json") for name in written):
             count = written[0].removesuffix(".json").rsplit("-", 1)[1]
             raise UserError(
-                f"{directory}: the data position was saved by {count} processes and this run has {processes}: "
-                f"resume with {count} processes, or start a new run with load_parameters_path={step_path}"
+                f"{directory}: the data position was saved by {count} processes and this run has "
+                f"{processes}: resume with {count} processes, or start a new run with "
+                f"load_parameters_path={step_path}"
             )
         raise DamagedCheckpoint(f"{path} is missing: the data position cannot be restored")
     content, checksum_path = path.read_bytes(), directory / f"{path.name}.sha256"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a checkpoint does not fit a state: every difference at once, with the setting that is likely behind it. No JAX.
+"""Why a checkpoint does not fit a state: every difference at once, with the setting that is likely behind it.
+No JAX.
 
 Next to read: `store.py`.
 """
@@ -14,7 +15,7 @@ Leaf = tuple[tuple[int, ...], str]  # shape, dtype
 # The letters of a parameter's shape (docs/design/001-architecture.md), by the end of its path, unstacked.
 _LETTERS = {
     "embed/table": "VD",
-    "head/kernel": "VD",
+    "output/kernel": "VD",
     "norm/scale": "D",
     "query_norm/scale": "H",
     "key_norm/scale": "H",
@@ -47,7 +48,9 @@ _LAYER = re.compile(r"/(block|layer)_(\d+)/")
 
 
 def mismatches(expected: Mapping[str, Leaf], found: Mapping[str, Leaf]) -> list[str]:
-    """One line per leaf that differs: path, what the run expects, what the checkpoint has, and the setting to look at."""
+    """One line per leaf that differs: path, what the run expects, what the checkpoint has, and the setting to
+    look at.
+    """
     lines = []
     other_layout = {_layout(path) for path in expected} - {None} != {_layout(path) for path in found} - {None}
     for path in sorted(expected.keys() | found.keys()):
@@ -107,7 +110,7 @@ def _hint_of_presence(path: str, expected: Mapping, found: Mapping, other_layout
         return _hint("scan_layers")
     if _LAYER.search(path):
         return _hint("num_layers", "model")
-    if path.endswith("head/kernel"):
+    if path.endswith("output/kernel"):
         return _hint("tie_embeddings", "model")
     return _hint("model")
 

@@ -5,7 +5,6 @@ A state is compared with the manifest before anything is read, so that what does
 differences at once and never ends in a traceback of Orbax or JAX. Next to read: `mismatch.py`, `store.py`.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,8 +59,8 @@ def read_leaves(
         wrong = [p for p, found in digest.digest_tree(result).items() if found != manifest.leaves[p].digest]
         if wrong:
             raise manifests.DamagedCheckpoint(
-                f"{step_path}/{manifests.STATE}: digest differs from the manifest for {', '.join(sorted(wrong))}: "
-                "these bytes are not those that were saved"
+                f"{step_path}/{manifests.STATE}: digest differs from the manifest for "
+                f"{', '.join(sorted(wrong))}: these bytes are not those that were saved"
             )
     return result
 
@@ -78,7 +77,9 @@ def is_key(leaf: Any) -> bool:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} as {"a": {"b": x}}: the form in which a state is stored, readable without the optimizer's types."""
+    """{"a/b": x} as {"a": {"b": x}}: the form in which a state is stored, readable without the optimizer's
+    types.
+    """
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
@@ -135,7 +136,7 @@ def _program_form(array: jax.Array | None, leaf: Any) -> jax.Array:
         return jnp.zeros(leaf.shape, leaf.dtype, device=getattr(leaf, "sharding", None))
     if not is_key(leaf):
         return array
-    kind = re.fullmatch(r"key<(\w+)>", str(leaf.dtype)).group(1)
+    kind = str(leaf.dtype).removeprefix("key<").removesuffix(">")
     return jax.random.wrap_key_data(array, impl=_KEY_KINDS.get(kind, kind))
 
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints of one run: save without stopping the training, keep what the policies say, restore what is whole.
+"""The checkpoints of one run: save without stopping the training, keep what the policies say, restore what is
+whole.
 
-A step is written beside the others under a temporary name and renamed when it is complete, an old one is renamed
+A step is written beside the others under a temporary name and renamed when it is complete, an old one is
+renamed
 before it is deleted: whenever the process dies, every folder that is named like a step is a whole one.
 The digests of the leaves are started on the devices before the caller may donate the arrays, and are waited
 for in the background. Next to read: `manifest.py` (what is written), `restore.py` (how it is read).
@@ -36,12 +38,15 @@ from maxkit.types import TrainState, Tree
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a step that Orbax has not committed
 _DELETED = ".deleted-"  # before the name of a step that is being deleted
 
-# The stores of this process that may write, by folder: a notebook cell that is run again opens its folder again.
+# The stores of this process that may write, by folder: a notebook cell that is run again opens its folder
+# again.
 _WRITERS: weakref.WeakValueDictionary[str, "CheckpointStore"] = weakref.WeakValueDictionary()
 
 
 class Restored(NamedTuple):
-    """What a restore found: the state, the step's manifest, this process's data position, and what was passed over."""
+    """What a restore found: the state, the step's manifest, this process's data position, and what was passed
+    over.
+    """
 
     state: TrainState
     manifest: Manifest
@@ -67,11 +72,12 @@ class CheckpointStore:
         asynchronous: bool = True,
         read_only: bool = False,
     ):
-        """Open a folder of checkpoints, and unless `read_only` create it, lock it and remove half-written steps.
+        """Open a folder of checkpoints, and unless `read_only` create it, lock it and remove half-written
+        steps.
 
-        max_to_keep: the newest steps that stay (None: all). best_metric: the step with the best finite value of this
-        metric stays as well; best_mode says whether that is the smallest or the largest. keep_period: steps that are
-        multiples of it stay for ever.
+        max_to_keep: the newest steps that stay (None: all). best_metric: the step with the best finite value
+        of this metric stays as well; best_mode says whether that is the smallest or the largest. keep_period:
+        steps that are multiples of it stay for ever.
 
         Raises:
             UserError: the folder cannot be created or written, or another process writes into it.
@@ -85,7 +91,7 @@ class CheckpointStore:
         self.best_metric, self.best_mode = best_metric, best_mode
         self.asynchronous, self.read_only = asynchronous, read_only
         self.blocking_seconds = 0.0  # that the latest save kept its caller waiting
-        self._manager: ocp.CheckpointManager | None = None
+        self._manager: Any = None  # ocp.CheckpointManager; None when read-only or closed
         self._lock: FolderLock | None = None
         self._saving: int | None = None
         self._metrics: dict[int, dict[str, float]] = {}
@@ -130,18 +136,19 @@ class CheckpointStore:
 
     def restore(
         self,
-        step: int | None = None,
-        target: Tree = None,
+        step: int | None,
+        target: Tree,
         *,
         verify: bool = True,
         fallback: bool = False,
         with_iterator: bool = True,
     ) -> Restored:
-        """Restore a step (default: the newest) into the structure, dtypes and shardings of `target`.
+        """Restore a step (None: the newest) into the structure, dtypes and shardings of `target`.
 
-        `target` is a `TrainState` of arrays or `jax.ShapeDtypeStruct`; the mesh may differ from the one that saved.
-        With `fallback`, damaged steps are passed over for the newest good one before them, `notes` says so, and a
-        store that may write renames them to `<step>.damaged`. `verify=False` skips the digests.
+        `target` is a `TrainState` of arrays or `jax.ShapeDtypeStruct`; the mesh may differ from the one that
+        saved. With `fallback`, damaged steps are passed over for the newest good one before them, `notes`
+        says so, and a store that may write renames them to `<step>.damaged`. `verify=False` skips the
+        digests.
 
         Raises:
             UserError: no such step; or it does not fit `target`, listing every difference.
@@ -176,13 +183,16 @@ class CheckpointStore:
         iterator_state: Any | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> bool:
-        """Start to save a step and return as soon as the arrays may be donated; False if this store just saved it.
+        """Start to save a step and return as soon as the arrays may be donated; False if this store just
+        saved it.
 
-        Waits for the save before this one. `iterator_state` is the data position of this process: an iterator with
-        `get_state()`, or what that returns. Errors of the background part are raised by the next save, wait or close.
+        Waits for the save before this one. `iterator_state` is the data position of this process: an iterator
+        with `get_state()`, or what that returns. Errors of the background part are raised by the next save,
+        wait or close.
 
         Raises:
-            UserError: the store is read-only or closed, the step exists, or an earlier save failed (disk full, ...).
+            UserError: the store is read-only or closed, the step exists, or an earlier save failed (disk
+                full, ...).
         """
         if self.read_only or self._closed:
             why = "was opened read_only" if self.read_only else "was closed, or the folder was opened again"
@@ -194,7 +204,8 @@ class CheckpointStore:
             return False
         if step in self.all_steps():
             raise UserError(
-                f"step {step} exists already in {self.directory}: restore it and go on, or give another run_dir"
+                f"step {step} exists already in {self.directory}: restore it and go on, "
+                "or give another run_dir"
             )
         items = self._items(step, state, record, iterator_state, dict(metrics or {}))
         custom = {"scan_layers": record.scan_layers, "format": manifests.FORMAT, "version": manifests.VERSION}
@@ -215,9 +226,12 @@ class CheckpointStore:
             UserError: the save failed; the steps before it are intact and its remains are removed.
         """
         self._settle()
-        for deletion in self._deletions:
-            deletion.result()
-        self._deletions.clear()
+        deletions, self._deletions = self._deletions, []
+        for deletion in deletions:
+            try:
+                deletion.result()
+            except OSError as error:
+                raise UserError(f"an old step in {self.directory} could not be deleted: {error}") from error
 
     def close(self) -> None:
         """Wait, give the lock back and end the background threads; a second call does nothing."""
@@ -250,7 +264,8 @@ class CheckpointStore:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"checkpoint folder {self.directory} cannot be created: {error.strerror}: give another run_dir"
+                f"checkpoint folder {self.directory} cannot be created: {error.strerror}: "
+                "give another run_dir"
             ) from error
         if _is_local(self.directory):
             earlier = _WRITERS.get(str(self.directory))
@@ -341,7 +356,8 @@ class CheckpointStore:
         if self.keep_period:
             kept |= {step for step in steps if step % self.keep_period == 0}
         if self.best_metric:
-            kept.add(self.best_step())
+            best = self.best_step()
+            kept |= set() if best is None else {best}
         return [step for step in steps if step not in kept]
 
     def _delete(self, step: int) -> None:
@@ -352,7 +368,9 @@ class CheckpointStore:
         self._deletions.append(self._deleter.submit(path.rmtree))
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Take damaged steps out of the numbering, so that the run can go on from the one before and save them anew."""
+        """Take damaged steps out of the numbering, so that the run can go on from the one before and save
+        them anew.
+        """
         if self.read_only:
             return
         if jax.process_index() == 0:
@@ -416,7 +434,9 @@ class CheckpointStore:
 
 
 def set_iterator_state(iterator: Any, position: Any) -> None:
-    """Put a Grain iterator where `Restored.iterator_state` says, in whichever form (JSON values or bytes) it takes."""
+    """Put a Grain iterator where `Restored.iterator_state` says, in whichever form (JSON values or bytes) it
+    takes.
+    """
     as_bytes = isinstance(iterator.get_state(), bytes)
     iterator.set_state(json.dumps(position, indent=4).encode() if as_bytes else position)
 

@@ -2,7 +2,8 @@
 """What the names and shapes in a MaxText or Tunix checkpoint say about it. Reads no tensor; imports no JAX.
 
 MaxText stores no version, no architecture and often no `scan_layers`, so all of this is evidence, not fact;
-`Guess.evidence` says what each answer rests on. A checkpoint's own metadata wins over it (`checkpoint/inspect.py`).
+`Guess.evidence` says what each answer rests on. A checkpoint's own metadata wins over it
+(`checkpoint/inspect.py`).
 """
 
 import math
@@ -24,10 +25,11 @@ _FAMILY_MARKS = (
 
 
 class Guess(NamedTuple):
-    """format: "maxtext-linen" | "maxtext-nnx" | "maxtext-diloco" | "tunix" | "orbax"; the rest as `inspect` shows it.
+    """format: "maxtext-linen" | "maxtext-nnx" | "maxtext-diloco" | "tunix" | "orbax"; the rest as `inspect`
+    shows it.
 
-    weights: the paths that are weights. groups: [{"name", "pattern_length", "repeats", "layer_axis"}]; layer_axis is
-    None when unrolled, and with repeats None when the shapes do not decide.
+    weights: the paths that are weights. groups: [{"name", "pattern_length", "repeats", "layer_axis"}];
+    layer_axis is None when unrolled, and with repeats None when the shapes do not decide.
     """
 
     format: str
@@ -128,7 +130,8 @@ def _structure(shapes: Shapes, inside: Mapping[str, list[str]]) -> tuple[bool | 
 def _stacked_group(name: str, paths: list[str], shapes: Shapes) -> dict[str, Any]:
     """The layer axis is where a norm scale, which has one dimension, gained a second.
 
-    Not decided (None) where that scale is as long as there are layers. `layers/layers_0..5` is a pattern of six blocks.
+    Not decided (None) where that scale is as long as there are layers. `layers/layers_0..5` is a pattern of
+    six blocks.
     """
     pattern = {part for path in paths for part in _below_decoder(path)[1:2] if _NUMBERED.match(part)}
     final = next((s for p, s in shapes.items() if "decoder_norm/scale" in p and len(s) == 1), None)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint store: what comes back is what went in, on any mesh; policies; one message for what does not fit."""
+"""The checkpoint store: what comes back is what went in, on any mesh; policies; one message for what does not
+fit.
+"""
 
 import json
 import os
@@ -189,14 +191,20 @@ def test_mismatch_lists_every_shape_with_its_field(tmp_path):
 
 def test_mismatch_names_layout_depth_optimizer_and_dtype(tmp_path):
     text = message_of(tmp_path / "a", make_state(), make_state(scan_layers=False))
-    assert "params/layers/layer_1/mlp/up/kernel: expected float32[8, 16], found nothing -> scan_layers" in text
+    assert (
+        "params/layers/layer_1/mlp/up/kernel: expected float32[8, 16], found nothing -> scan_layers" in text
+    )
     assert "found float32[2, 8, 16] -> scan_layers" in text
-    text = message_of(tmp_path / "b", make_state(scan_layers=False), make_state(scan_layers=False, num_layers=3))
+    text = message_of(
+        tmp_path / "b", make_state(scan_layers=False), make_state(scan_layers=False, num_layers=3)
+    )
     assert "params/layers/layer_2/mlp/up/kernel: expected float32[8, 16], found nothing -> num_layers" in text
     text = message_of(tmp_path / "c", make_state(), make_state(optimizer=optax.sgd(0.1, momentum=0.9)))
     assert all(line.endswith("-> optimizer") for line in text.splitlines()[1:]) and "/trace/" in text
     text = message_of(tmp_path / "d", make_state(), make_state(dtype=jnp.bfloat16))
-    assert "params/embed/table: expected bfloat16[32, 8], found float32[32, 8] -> dtype of the weights" in text
+    assert (
+        "params/embed/table: expected bfloat16[32, 8], found float32[32, 8] -> dtype of the weights" in text
+    )
 
 
 def test_steps_that_are_not_there(tmp_path):
@@ -247,7 +255,9 @@ def test_grain_iterators_resume(tmp_path):
 
 def test_grain_data_loader_whose_state_is_bytes(tmp_path):
     state = make_state()
-    sampler = grain.samplers.IndexSampler(20, shuffle=True, seed=1, num_epochs=2, shard_options=grain.sharding.NoSharding())
+    sampler = grain.samplers.IndexSampler(
+        20, shuffle=True, seed=1, num_epochs=2, shard_options=grain.sharding.NoSharding()
+    )
     loader = grain.DataLoader(data_source=list(range(20)), sampler=sampler, worker_count=0)
     iterator = iter(loader)
     for _ in range(7):
@@ -305,7 +315,8 @@ def specs(tree):  # the first dimension over fsdp, the last over tensor
 
 def host_state():
     draw = np.random.default_rng(0).normal
-    params = {"layers": {"block_0": {"mlp": {"up": {"kernel": jnp.asarray(draw(size=(8, 16, 24)), jnp.float32)}}}},
+    kernel = jnp.asarray(draw(size=(8, 16, 24)), jnp.float32)
+    params = {"layers": {"block_0": {"mlp": {"up": {"kernel": kernel}}}},
               "embed": {"table": jnp.asarray(draw(size=(64, 16)), jnp.bfloat16)}}
     opt_state = jax.tree.map(lambda x: x + 1, optax.adamw(1e-3).init(params))
     return TrainState(jnp.int32(4), params, {}, opt_state, jax.random.split(jax.random.key(3), 8))
@@ -329,13 +340,13 @@ with CheckpointStore(sys.argv[1]) as store:
         for shape in ((1, 1), (2, 1), (1, 2), (2, 2), (8, 1), (4, 2)):
             for kind in (AxisType.Explicit, AxisType.Auto):
                 mesh = mesh_of(shape, kind)
-                target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)),
-                                      state, specs(state))
+                place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+                target = jax.tree.map(place, state, specs(state))
                 with jax.set_mesh(mesh):
                     found = store.restore(number, target).state
                 assert digest.digest_tree(found) == expected
                 for leaf, want in zip(jax.tree.leaves(found), jax.tree.leaves(target)):
-                    assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim), (leaf.sharding, want.sharding)
+                    assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
 print("equal")
 """
 
