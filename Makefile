@@ -70,8 +70,9 @@ TOPOLOGY ?= v5e:2x2
 plan: .venv-tpu/.stamp  ## compile the SFT step for a TPU topology: TOPOLOGY=v5e:2x2
 	@JAX_PLATFORMS=cpu .venv-tpu/bin/maxkit plan sft --topology $(TOPOLOGY)
 
+BENCHMARKS ?= benchmarks/train_step.py benchmarks/decode.py
 bench: $(VENV)/.stamp  ## measure a training step and decoding, one JSON line each
-	@for script in benchmarks/*.py; do $(VENV)/bin/python $$script || exit 1; done
+	@for script in $(BENCHMARKS); do $(VENV)/bin/python $$script || exit 1; done
 
 lint: $(VENV)/.stamp  ## style, types and import directions
 	@$(VENV)/bin/ruff check .
