@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most this many (64)")
     add.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     add.add_argument("--seed", type=int, default=0, metavar="S", help="of sampling (0)")
+    add.add_argument("--raw", action="store_true", help="continue the text also where the model could chat")
     add.set_defaults(command=generate_text)
 
     add = commands.add_parser("plan", help="compile a recipe's step for a TPU that is not here: does it fit?")
@@ -133,20 +134,27 @@ def inspect_checkpoint(arguments: argparse.Namespace) -> int:
 
 
 def generate_text(arguments: argparse.Namespace) -> int:
-    """Print what the model says."""
+    """Print what the model says: an answer where its tokenizer has a chat template, else a continuation."""
     from maxkit.checkpoint.load import load
     from maxkit.infer.generate import generate
 
     loaded = load(arguments.path, config=arguments.config)
-    options = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-    print(*generate(loaded, [arguments.prompt], seed=arguments.seed, **options), sep="\n")
+    chats = loaded.tokenizer is not None and loaded.tokenizer.chat_template and not arguments.raw
+    texts = generate(
+        loaded,
+        [[{"role": "user", "content": arguments.prompt}] if chats else arguments.prompt],
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+    print(texts[0])
     return 0
 
 
 def plan_recipe(arguments: argparse.Namespace) -> int:
     """Compile for a topology and print what is needed."""
     from maxkit.config import resolve
-    from maxkit.plan import main as plan
+    from maxkit.plan.command import main as plan
 
     given = {name: (value, "command line") for name, value in _pairs(arguments.parameters).items()}
     config = resolve(arguments.recipe, file=arguments.config, given=given)

@@ -27,7 +27,14 @@ from maxkit.nb.bind import SOURCES_VARIABLE, cell_parameters
 from maxkit.nb.progress import HEADLESS_VARIABLE
 from maxkit.nb.record import REPORT
 
-QUIET = "--log-level=40"  # the kernel warns in each run that it talks over TCP
+# The kernel's own stderr goes to a file: it warns in each run that it talks over TCP, and complains when
+# it is ended. What cells and libraries write there arrives through the notebook all the same.
+KERNEL_LOG = "kernel.log"
+LAUNCH = (
+    "import os, runpy, sys; "
+    "os.dup2(os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2); "
+    "runpy.run_module('ipykernel_launcher', run_name='__main__')"
+)
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
 # What a user can cause outside maxkit's own checks: as an error of the kernel it arrives by name only.
 SYSTEM_ERRORS = ("FileNotFoundError", "PermissionError", "IsADirectoryError", "NotADirectoryError", "OSError")
@@ -105,13 +112,15 @@ def execute(run: Prepared) -> dict[str, Any]:
     """
     report = run.config.run_folder / REPORT
     before = report.stat().st_mtime_ns if report.exists() else 0
-    with _kernel_environment(run.sources):
+    log = run.config.run_folder / KERNEL_LOG
+    with _kernel_environment(run.sources, log):
         error, number = _in_thread(run)
     if number is not None:
         name = signal.Signals(number).name
         raise Stopped(number, f"stopped by {name}; the same command continues the run ({run.output})")
     if error is not None:
         raise _as_user_error(error, run.output)
+    log.unlink(missing_ok=True)
     if not report.exists() or report.stat().st_mtime_ns == before:
         raise CheckFailed(f"the notebook ended without writing {report} ({run.output})")
     record = json.loads(report.read_text(encoding="utf-8"))
@@ -136,7 +145,8 @@ def _in_thread(run: Prepared) -> tuple[BaseException | None, int | None]:
             kernels = _kernels() if len(signals) > handled else []
             for kernel in kernels:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    kernel.send_signal(signals[handled] if handled == 0 else signal.SIGKILL)
+                    # SIGINT too: between two cells the kernel itself would swallow it.
+                    kernel.send_signal(signal.SIGTERM if handled == 0 else signal.SIGKILL)
             handled += bool(kernels)
     finally:
         for number, handler in previous.items():
@@ -168,13 +178,13 @@ def _kernels() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
-            if "ipykernel_launcher" in child.cmdline():
+            if LAUNCH in child.cmdline():
                 found.append(child)
     return found
 
 
 @contextlib.contextmanager
-def _kernel_environment(sources: dict[str, str]) -> Iterator[None]:
+def _kernel_environment(sources: dict[str, str], log: Path) -> Iterator[None]:
     """Environment of the kernel: this very Python, no figure that updates, and who gave what.
 
     A kernelspec called python3 in a folder that is searched first: one in the user's home, made by another
@@ -183,7 +193,7 @@ def _kernel_environment(sources: dict[str, str]) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="maxkit-kernel-") as folder:
         spec = Path(folder, "kernels", "python3", "kernel.json")
         spec.parent.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", QUIET]
+        argv = [sys.executable, "-c", LAUNCH, str(log), "-f", "{connection_file}"]
         spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
         changes = {
             "JUPYTER_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH", "")])),
@@ -214,7 +224,9 @@ def _as_user_error(error: BaseException, output: Path) -> BaseException:
 
 def _kernel_died(error: BaseException, output: Path) -> BaseException:
     if type(error).__name__ == "DeadKernelError":
-        return CheckFailed(f"the kernel died, perhaps out of memory; the run can be continued ({output})")
+        return CheckFailed(
+            f"the kernel died, perhaps out of memory; {KERNEL_LOG} in the run folder may say more ({output})"
+        )
     return error
 
 

@@ -33,7 +33,7 @@ def test_lines_under_nbclient_and_papermill(notebook: nbformat.NotebookNode, tmp
     for outputs in (execute(notebook), nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs):
         assert {output.output_type for output in outputs} == {"stream"}
         lines = "".join(output.text for output in outputs).splitlines()
-        assert len(lines) == 20 and lines[0].startswith("update   1/500") and "500/500" in lines[-2]
+        assert len(lines) == 19 and lines[0].startswith("update   1/500") and "500/500" in lines[-2]
 
 
 def test_one_figure_that_updates_where_somebody_watches(

@@ -96,6 +96,11 @@ def test_inspect_says_what_a_checkpoint_is(tmp_path: Path) -> None:
     assert "no such file" in one_line(run(PACKAGE.parent, tmp_path, "inspect", "none"), 2)
 
 
+def test_generate_refuses_in_one_line(tmp_path: Path) -> None:
+    model = str(FIXTURES / "llama_tiny_full")
+    assert "tokenizer" in one_line(run(PACKAGE.parent, tmp_path, "generate", model, "--prompt", "Hi"), 2)
+
+
 @pytest.mark.parametrize(
     "arguments", [["list"], ["inspect", str(FIXTURES / "llama_tiny_full")], ["run", "sft", "-h"]]
 )

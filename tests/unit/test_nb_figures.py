@@ -60,8 +60,9 @@ def test_text_in_the_svg_is_text() -> None:
 
 def test_what_the_alt_text_says() -> None:
     assert loss().alt == (
-        "Line chart, Training loss: training from 5.00 at update 1 to 1.10 at update 40; held-out from 5.00 "
-        "at update 0 to 1.50 at update 40; dashed mark at 2.40, bigram entropy; grey band: the expected range."
+        "Line chart, Training loss: training from 5.00 at update 1 to 1.10 at update 40; held-out from "
+        "5.00 at update 0 to 1.50 at update 40; dashed mark at 2.40, bigram entropy; "
+        "grey band: the expected range."
     )
     assert bars().alt == "Bar chart, Before and after. loss: before 3.1, after 2."
 

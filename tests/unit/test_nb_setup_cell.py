@@ -44,7 +44,7 @@ def wheel(folder: Path, name: str, version: str, requires: str = "") -> Path:
 
 @pytest.fixture(scope="module")
 def colab(tmp_path_factory) -> tuple[Path, Path]:
-    """(python, wheels) of an environment with a preinstalled "jax" 0.4 and a newer one that pip could take."""
+    """(python, wheels) of an environment with "jax" 0.4 preinstalled and a newer one that pip could take."""
     folder = tmp_path_factory.mktemp("colab")
     venv.create(folder / "env", with_pip=True)
     python = folder / "env" / "bin" / "python"
