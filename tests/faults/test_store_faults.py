@@ -113,7 +113,7 @@ def files_of(step_path):
     return sorted(p for p in step_path.rglob("*") if p.is_file())
 
 
-def test_flipped_bytes_are_an_error_or_change_nothing(two_steps, tmp_path):
+def test_flipped_bytes_are_an_error_or_change_nothing(two_steps, tmp_path, capfd):
     """Every file of a step at two random places, then large ones again: 40 places and more."""
     generator = random.Random(1)
     files = [p.relative_to(two_steps / "2") for p in files_of(two_steps / "2")]
@@ -135,9 +135,10 @@ def test_flipped_bytes_are_an_error_or_change_nothing(two_steps, tmp_path):
             assert same_bits(restore_small(folder, fallback=True))
         shutil.rmtree(folder)
     assert len(places) >= 40 and refused >= 5
+    assert "Traceback" not in capfd.readouterr().err
 
 
-def test_truncated_and_missing_files(two_steps, tmp_path):
+def test_truncated_and_missing_files(two_steps, tmp_path, capfd):
     refused = 0
     for number, name in enumerate([p.relative_to(two_steps / "2") for p in files_of(two_steps / "2")]):
         for cut in (0.0, 0.5, None):
@@ -155,6 +156,7 @@ def test_truncated_and_missing_files(two_steps, tmp_path):
                 assert "Step 1 is good" in str(error) and len(str(error).splitlines()) == 1, name
             shutil.rmtree(folder)
     assert refused >= 10
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def largest_file(step_path):
