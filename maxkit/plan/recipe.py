@@ -20,7 +20,7 @@ from maxkit.models.config import Execution, ModelConfig
 from maxkit.models.definition import ModelDefinition
 from maxkit.models.lora import LoraConfig
 from maxkit.objectives import NextToken
-from maxkit.optim import make_optimizer
+from maxkit.optim.optimizers import make_optimizer
 from maxkit.train.step import Objective
 from maxkit.types import Batch, TrainState, Tree
 
@@ -111,9 +111,9 @@ def abstract_batch(cfg: RecipeConfig, mesh: Mesh) -> Batch:
     if rows % ways:
         steps = cfg.gradient_accumulation_steps
         raise UserError(
-            f"batch_size={cfg.batch_size} in gradient_accumulation_steps={steps} parts is {rows} rows "
-            f"at a time, and mesh {meshes.describe(mesh)} divides rows into {ways}: make batch_size a multiple of "
-            f"{ways * steps}, or give some devices to tensor"
+            f"batch_size={cfg.batch_size} in gradient_accumulation_steps={steps} parts is {rows} "
+            f"rows at a time, and mesh {meshes.describe(mesh)} divides rows into {ways}: "
+            f"make batch_size a multiple of {ways * steps}, or give some devices to tensor"
         )
 
     def column(dtype: str) -> Any:
