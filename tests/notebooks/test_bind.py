@@ -19,11 +19,13 @@ from maxkit.config import Sft
 from maxkit.errors import UserError
 from maxkit.nb.bind import SOURCES_VARIABLE, cell_parameters
 
-PARAMETERS = """\
+DEFAULT = Sft()
+STEPS = f"steps: int = {DEFAULT.steps}"
+PARAMETERS = f"""\
 # Parameters: change them here, or with papermill -p NAME VALUE.
-steps: int = 20  # updates of the run
+{STEPS}  # updates of the run
 scan_layers = None  # true, false, or as the checkpoint says
-learning_rate: float = 1e-4
+learning_rate: float = {DEFAULT.learning_rate}
 mesh: str = ""  # as in "fsdp:4,tensor:2"
 """
 BIND = "import maxkit\ncfg = maxkit.bind('sft')"
@@ -85,9 +87,7 @@ def test_papermills_false_is_false(tmp_path: Path, options: tuple[str, ...]) -> 
         (("learning_rate", "nan"), "UserError: sft: learning_rate=nan (papermill): must be a finite number"),
     ],
 )
-def test_a_mistake_ends_the_run_with_a_clear_last_line(
-    tmp_path: Path, options: tuple[str, ...], line: str
-) -> None:
+def test_a_mistake_ends_the_run_with_a_clear_last_line(tmp_path: Path, options: tuple[str, ...], line: str) -> None:
     done = by_command(tmp_path, "-p", *options)
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1] == line
@@ -95,33 +95,28 @@ def test_a_mistake_ends_the_run_with_a_clear_last_line(
 
 def test_typed_values_of_the_api_and_a_later_run_of_the_output(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.ipynb", [PARAMETERS, BIND, TELL]), tmp_path / "out.ipynb"
-    values = {"steps": 20, "scan_layers": True, "mesh": "fsdp:1", "learning_rate": 3e-4}
+    values = {"steps": DEFAULT.steps, "scan_layers": True, "mesh": "fsdp:1", "learning_rate": 7e-4}
     papermill.execute_notebook(source, out, values, progress_bar=False)
     parameters, explicit = bound(out)
     assert {name: parameters[name] for name in values} == values
-    assert explicit == dict.fromkeys(
-        parameters.keys() & values.keys(), "papermill"
-    )  # steps too: it was given
+    assert explicit == dict.fromkeys(parameters.keys() & values.keys(), "papermill")  # steps too: it was given
     # An output notebook runs again: its injected cell is replaced, not doubled.
     papermill.execute_notebook(out, tmp_path / "again.ipynb", {"steps": 7}, progress_bar=False)
     assert bound(tmp_path / "again.ipynb")[1] == {"steps": "papermill"}
 
 
 def test_a_literal_edited_by_hand_counts_as_notebook(tmp_path: Path) -> None:
-    edited = PARAMETERS.replace("steps: int = 20", "steps: int = 3").replace("None", "False")
+    edited = PARAMETERS.replace(STEPS, "steps: int = 3").replace("None", "False")
     parameters, explicit = by_client(tmp_path, [edited, BIND, TELL])
     assert (parameters["steps"], parameters["scan_layers"]) == (3, False)
     assert explicit == {"steps": "notebook", "scan_layers": "notebook"}
 
 
 def test_rerun_late_among_many_other_globals(tmp_path: Path) -> None:
-    noise = (
-        "\n".join(f"batch_size_{i} = {i}" for i in range(50))
-        + "\nsteps = 99\nlora_rank = 'x'\nscan_layer = 1"
-    )
+    noise = "\n".join(f"batch_size_{i} = {i}" for i in range(50)) + "\nsteps = 99\nlora_rank = 'x'\nscan_layer = 1"
     edited = PARAMETERS.replace("= None", "= True")
     cells = [
-        PARAMETERS.replace("= 20", "= 5"),
+        PARAMETERS.replace(STEPS, "steps: int = 5"),
         "# Parameters\nsteps = 6",
         BIND,
         noise,
@@ -131,15 +126,15 @@ def test_rerun_late_among_many_other_globals(tmp_path: Path) -> None:
         TELL,
     ]
     parameters, explicit = by_client(tmp_path, cells)
-    # The own cell ran last: its 20 is the default again and has overwritten what was injected before.
-    assert (parameters["steps"], parameters["scan_layers"]) == (20, True)
+    # The own cell ran last: its steps are the default again and has overwritten what was injected before.
+    assert (parameters["steps"], parameters["scan_layers"]) == (DEFAULT.steps, True)
     assert explicit == {"scan_layers": "notebook"}
 
 
 def test_bind_shows_what_was_given_as_html_and_text(tmp_path: Path) -> None:
-    by_client(tmp_path, [PARAMETERS.replace("= 20", "= 5"), BIND, TELL])
+    by_client(tmp_path, [PARAMETERS.replace(STEPS, "steps: int = 5"), BIND, TELL])
     shown = nbformat.read(tmp_path / "in.ipynb", 4).cells[1].outputs[0].data
-    assert re.search(r"steps +5 +20 +notebook", shown["text/plain"])
+    assert re.search(rf"steps +5 +{DEFAULT.steps} +notebook", shown["text/plain"])
     assert "notebook" in shown["text/html"] and "learning_rate" not in shown["text/html"]
 
 
@@ -160,11 +155,9 @@ def test_keywords_outside_a_notebook() -> None:
 
 
 def test_a_keyword_wins_over_the_cell_but_not_over_papermill(tmp_path: Path) -> None:
-    cells = [PARAMETERS.replace("= 20", "= 5"), BIND.replace("'sft'", "'sft', steps=4"), TELL]
+    cells = [PARAMETERS.replace(STEPS, "steps: int = 5"), BIND.replace("'sft'", "'sft', steps=4"), TELL]
     assert by_client(tmp_path, cells)[1] == {"steps": "keyword"}
-    with pytest.raises(
-        nbclient.exceptions.CellExecutionError, match="steps is given twice: 6 .papermill. and 4"
-    ):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="steps is given twice: 6 .papermill. and 4"):
         by_client(tmp_path, [PARAMETERS, "# Parameters\nsteps = 6", *cells[1:]])
 
 

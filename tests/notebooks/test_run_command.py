@@ -14,13 +14,14 @@ import psutil
 import pytest
 
 import maxkit
+from maxkit.config import Sft
 from maxkit.nb.execute import LAUNCH
 from maxkit.nb.setup_cell import SETUP_CELL
 
 PACKAGE = Path(maxkit.__file__).parent
 # A recipe that does everything around training, in a second.
 CELLS = [
-    "# Parameters: change them here.\nsteps = 20\nscan_layers = None\nlearning_rate = 1e-4\n",
+    f"# Parameters: change them here.\nsteps = {Sft().steps}\nscan_layers = None\n",
     SETUP_CELL,
     "cfg = maxkit.bind('sft')",
     """\
@@ -58,8 +59,7 @@ def checkout(tmp_path_factory) -> Path:
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(notebook, folder / "recipes" / "sft.ipynb")
-    edited = CELLS[0].replace("steps = 20", "steps = 4").replace("1e-4", "2e-4")
-    notebook.cells[0].source = edited
+    notebook.cells[0].source = "# Parameters: edited.\nsteps = 4\nlearning_rate = 2e-4\n"
     notebook.cells[2].source = "cfg = maxkit.bind('pretrain')"
     nbformat.write(notebook, folder / "recipes" / "pretrain.ipynb")
     return folder
@@ -67,9 +67,7 @@ def checkout(tmp_path_factory) -> Path:
 
 def environment(checkout: Path, **more: str) -> dict[str, str]:
     # As from a shell without an activated environment: nothing of this one on PATH.
-    path = os.pathsep.join(
-        p for p in os.environ["PATH"].split(os.pathsep) if p != str(Path(sys.executable).parent)
-    )
+    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if p != str(Path(sys.executable).parent))
     return {**os.environ, "PATH": path, "PYTHONPATH": str(checkout), **more}
 
 
@@ -86,15 +84,11 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 
 def test_run_trains_and_says_where_everything_is(checkout: Path, tmp_path: Path) -> None:
-    done = run(
-        checkout, tmp_path, "run", "sft", "-p", "steps=3", "-p", "scan_layers=false", "-p", "run_dir=out"
-    )
+    done = run(checkout, tmp_path, "run", "sft", "-p", "steps=3", "-p", "scan_layers=false", "-p", "run_dir=out")
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads((tmp_path / "out" / "report.json").read_text())
     assert record["parameters"]["scan_layers"] is False and record["parameters"]["steps"] == 3
-    assert set(record["explicit"].items()) == {
-        (n, "command line") for n in ("steps", "scan_layers", "run_dir")
-    }
+    assert set(record["explicit"].items()) == {(n, "command line") for n in ("steps", "scan_layers", "run_dir")}
     notebook = nbformat.read(tmp_path / "out" / "sft.ipynb", 4)
     injected = notebook.cells[1].source.splitlines()
     assert injected[0] == "# Parameters"
@@ -150,9 +144,7 @@ def test_sources_keep_their_order_and_their_names(checkout: Path, tmp_path: Path
         (5, 1, "ended without writing"),
     ],
 )
-def test_what_goes_wrong_in_the_notebook(
-    checkout: Path, tmp_path: Path, seed: int, code: int, part: str
-) -> None:
+def test_what_goes_wrong_in_the_notebook(checkout: Path, tmp_path: Path, seed: int, code: int, part: str) -> None:
     line = one_line(
         run(checkout, tmp_path, "run", "sft", "-p", "steps=1", "-p", f"seed={seed}", "-p", "run_dir=r"), code
     )
@@ -161,9 +153,7 @@ def test_what_goes_wrong_in_the_notebook(
 
 
 def test_a_failed_check_is_exit_code_1(checkout: Path, tmp_path: Path) -> None:
-    assert "updates is 31, expected at most 30" in one_line(
-        run(checkout, tmp_path, "run", "sft", "-p", "steps=31"), 1
-    )
+    assert "updates is 31, expected at most 30" in one_line(run(checkout, tmp_path, "run", "sft", "-p", "steps=31"), 1)
     # Also where the notebook forgets to raise: the record says it.
     done = run(checkout, tmp_path, "run", "sft", "-p", "steps=31", "-p", "seed=6")
     assert "checks failed: updates" in one_line(done, 1)
