@@ -46,9 +46,7 @@ def array_lanes(array: jax.Array) -> jax.Array:
     zero = jnp.uint32(0)
     # One variadic reduction keeps both lanes in one pass; two separate sums made XLA store the mixed words
     # (11x slower).
-    sums = lax.reduce(
-        tuple(lanes), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), tuple(range(words.ndim))
-    )
+    sums = lax.reduce(tuple(lanes), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), tuple(range(words.ndim)))
     return jnp.stack(sums)
 
 
@@ -62,8 +60,7 @@ class PendingDigests:
         """Wait for the digests: {path: 16 hex digits}."""
         host = jax.device_get(self.lanes)
         return {
-            path: value if isinstance(value, str) else digest_numpy.format_lanes(*value)
-            for path, value in host.items()
+            path: value if isinstance(value, str) else digest_numpy.format_lanes(*value) for path, value in host.items()
         }
 
 
@@ -108,11 +105,7 @@ def _as_words(array: jax.Array) -> jax.Array:
 def _mixed(words: jax.Array, inner: int, constants: tuple) -> jax.Array:
     """Every word mixed with its position; elementwise, so it keeps the sharding of `words`."""
     step, seed, outer_step, shifts, multipliers = constants
-    h = (
-        jnp.full(words.shape, np.uint32(seed))
-        if words.ndim == 0
-        else _positions(words, inner, step, outer_step, seed)
-    )
+    h = jnp.full(words.shape, np.uint32(seed)) if words.ndim == 0 else _positions(words, inner, step, outer_step, seed)
     h = words ^ h
     for shift, multiplier in zip(shifts, multipliers, strict=False):
         h = (h ^ (h >> np.uint32(shift))) * np.uint32(multiplier)

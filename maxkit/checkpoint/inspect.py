@@ -132,9 +132,7 @@ def item_arrays(item_path: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     headers = _array_headers(item_path)
     missing = [path for path, name in names.items() if name not in headers]
     if missing:
-        raise manifests.DamagedCheckpoint(
-            f"{item_path} lacks {', '.join(missing[:5])}: it is listed but not stored"
-        )
+        raise manifests.DamagedCheckpoint(f"{item_path} lacks {', '.join(missing[:5])}: it is listed but not stored")
     return {path: headers[name] for path, name in names.items()}
 
 
@@ -173,9 +171,7 @@ def _step_location(place: Any) -> CheckpointLocation:
     item = next((name for name in (*_ITEMS, *sorted(items)) if name in items), None)
     kind = "maxkit" if (place / manifests.MANIFEST).exists() or _says_maxkit(place) else "orbax"
     if kind == "orbax" and item is None:
-        raise manifests.DamagedCheckpoint(
-            f"{place} has no item with arrays ({ITEM_METADATA}): the step is incomplete"
-        )
+        raise manifests.DamagedCheckpoint(f"{place} has no item with arrays ({ITEM_METADATA}): the step is incomplete")
     return CheckpointLocation(kind, place, step, item, tuple(_steps(place.parent)))
 
 
@@ -268,9 +264,7 @@ def _describe_hf(place: CheckpointLocation) -> dict[str, Any]:
         raise UserError(f"{place.path / 'config.json'} is not JSON: {error}") from error
     files = sorted(place.path.glob("*.safetensors"))
     if not files:
-        raise UserError(
-            f"{place.path}: its weights are *.bin files; only safetensors are read: convert them first"
-        )
+        raise UserError(f"{place.path}: its weights are *.bin files; only safetensors are read: convert them first")
     entries = {name: entry for file in files for name, entry in SafetensorsFile(file).entries.items()}
     layers = config.get("num_hidden_layers")
     generation = place.path / "generation_config.json"
@@ -285,9 +279,7 @@ def _describe_safetensors(place: CheckpointLocation) -> dict[str, Any]:
     from maxkit.formats.safetensors import SafetensorsFile
 
     file = SafetensorsFile(place.path)
-    return _without_layout("safetensors", None, None, file.entries.values()) | {
-        "metadata": dict(file.metadata)
-    }
+    return _without_layout("safetensors", None, None, file.entries.values()) | {"metadata": dict(file.metadata)}
 
 
 def _describe_gguf(place: CheckpointLocation) -> dict[str, Any]:
@@ -297,9 +289,7 @@ def _describe_gguf(place: CheckpointLocation) -> dict[str, Any]:
     family = file.metadata.get("general.architecture")
     tensors = [_Tensor(tensor.shape, tensor.type) for tensor in file.tensors.values()]
     # A vocabulary is no metadata that anybody wants to read here.
-    short = {
-        key: value for key, value in file.metadata.items() if isinstance(value, str | int | float | bool)
-    }
+    short = {key: value for key, value in file.metadata.items() if isinstance(value, str | int | float | bool)}
     short = {key: value for key, value in short.items() if not isinstance(value, str) or len(value) <= 2000}
     layers = file.metadata.get(f"{family}.block_count")
     return _without_layout("gguf", family, layers, tensors) | {"metadata": short}
@@ -313,9 +303,7 @@ class _Tensor(NamedTuple):
 def _without_layout(kind: str, family: Any, layers: Any, tensors: Any) -> dict[str, Any]:
     """A format that stores every layer by itself and nothing of a run."""
     tensors = list(tensors)
-    groups = (
-        [{"name": "layers", "pattern_length": 1, "repeats": layers, "layer_axis": None}] if layers else []
-    )
+    groups = [{"name": "layers", "pattern_length": 1, "repeats": layers, "layer_axis": None}] if layers else []
     return {
         "format": kind,
         "family": family,

@@ -107,9 +107,7 @@ class Manifest(BaseModel):
 
     def num_params(self) -> int:
         """Elements in the model's weights (`params` and `base`, without optimizer state)."""
-        return sum(
-            _size(leaf) for path, leaf in self.leaves.items() if path.split("/")[0] in ("params", "base")
-        )
+        return sum(_size(leaf) for path, leaf in self.leaves.items() if path.split("/")[0] in ("params", "base"))
 
 
 def package_versions() -> dict[str, str]:
@@ -125,9 +123,7 @@ def package_versions() -> dict[str, str]:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: readable JSON with a checksum over everything else in it."""
-    body = json.loads(
-        json.dumps(manifest.model_dump(mode="json"))
-    )  # tuples and integer keys as JSON has them
+    body = json.loads(json.dumps(manifest.model_dump(mode="json")))  # tuples and integer keys as JSON has them
     return json.dumps({"sha256": _body_sha256(body), **body}, indent=1).encode()
 
 

@@ -101,9 +101,7 @@ def _hint_of_presence(path: str, expected: Mapping, found: Mapping, other_layout
         return _hint("lora_rank")
     if path.startswith("opt_state/"):
         # A moment that only one side has, of a weight that both have (or of none: a counter).
-        weight = next(
-            (p for p in (*expected, *found) if p.startswith("params/") and path.endswith(p[6:])), None
-        )
+        weight = next((p for p in (*expected, *found) if p.startswith("params/") and path.endswith(p[6:])), None)
         if weight is None or (weight in expected and weight in found):
             return _hint("optimizer")
     if other_layout and _LAYER.search(path):

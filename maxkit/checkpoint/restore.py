@@ -174,9 +174,7 @@ def _stored_form(leaf: Any) -> jax.ShapeDtypeStruct:
     if not is_key(leaf):
         return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
     data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return jax.ShapeDtypeStruct(
-        data.shape, data.dtype, sharding=_key_data_sharding(sharding, len(leaf.shape))
-    )
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=_key_data_sharding(sharding, len(leaf.shape)))
 
 
 def _key_data_sharding(sharding: Sharding, rank: int) -> Sharding:

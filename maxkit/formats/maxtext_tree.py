@@ -92,9 +92,7 @@ def _family(weights: list[str]) -> tuple[str | None, str]:
         if mark in parts:
             return family, f"it has {mark}"
     if "pre_ffw_norm" in parts:
-        return (
-            ("gemma3", "pre_ffw_norm and query_norm") if "query_norm" in parts else ("gemma2", "pre_ffw_norm")
-        )
+        return ("gemma3", "pre_ffw_norm and query_norm") if "query_norm" in parts else ("gemma2", "pre_ffw_norm")
     if "query_norm" in parts:
         return "qwen3", "it has query_norm"
     if "self_attention" in parts:

@@ -104,9 +104,7 @@ def restore_small(folder, **options):
 
 def same_bits(found):
     expected = digest.digest_tree(state_of(int(found.state.step), 40_000))
-    return digest.digest_tree(found.state) == expected and found.iterator_state == {
-        "position": int(found.state.step)
-    }
+    return digest.digest_tree(found.state) == expected and found.iterator_state == {"position": int(found.state.step)}
 
 
 def files_of(step_path):
@@ -196,9 +194,7 @@ def test_a_leaf_that_was_swapped_is_named(two_steps, tmp_path):
     shutil.copytree(two_steps, folder)
     shutil.rmtree(folder / "2" / "state")
     shutil.copytree(folder / "1" / "state", folder / "2" / "state")
-    with pytest.raises(
-        UserError, match=r"digest differs .* opt_state/mu/w, .*params/w, rng, step.* Step 1 is good"
-    ):
+    with pytest.raises(UserError, match=r"digest differs .* opt_state/mu/w, .*params/w, rng, step.* Step 1 is good"):
         restore_small(folder)
     assert restore_small(folder, verify=False).manifest.step == 2
 
@@ -245,9 +241,7 @@ def test_a_save_that_cannot_be_written_leaves_the_step_before(tmp_path):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors[-2000:]
     message = [line for line in output.splitlines() if line.startswith("UserError")]
-    assert (
-        len(message) == 1 and "step 3 could not be saved" in message[0] and "step 2 is intact" in message[0]
-    )
+    assert len(message) == 1 and "step 3 could not be saved" in message[0] and "step 2 is intact" in message[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "1", "2"]
     assert digest.digest_tree(restore(tmp_path).state) == digest.digest_tree(state_of(2))
 
@@ -256,9 +250,7 @@ def test_a_save_that_cannot_be_written_leaves_the_step_before(tmp_path):
 def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)], capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small disk is not permitted here")
     yield folder
@@ -275,9 +267,7 @@ def test_full_disk(small_disk):
         with pytest.raises(UserError) as caught:
             store.wait()
         text = str(caught.value)
-        assert (
-            "step 3 could not be saved" in text and "the disk is full" in text and "step 2 is intact" in text
-        )
+        assert "step 3 could not be saved" in text and "the disk is full" in text and "step 2 is intact" in text
         assert len(text.splitlines()) == 1
         assert sorted(p.name for p in folder.iterdir()) == [".lock", "1", "2"]
         assert digest.digest_tree(store.restore(None, target).state) == digest.digest_tree(state_of(2))

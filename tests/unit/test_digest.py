@@ -177,14 +177,10 @@ print("equal")
 
 def test_sharded_over_eight_devices_equals_unsharded():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(
-        [sys.executable, "-c", MESH_SCRIPT], env=os.environ | flags, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", MESH_SCRIPT], env=os.environ | flags, capture_output=True, text=True)
     assert run.stdout.strip() == "equal", run.stderr[-3000:]
 
 
 def test_numpy_half_imports_no_jax():
     code = "import sys, maxkit.checkpoint.digest_numpy; print({'jax', 'flax'} & set(sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -77,9 +77,7 @@ def test_paths_with_a_scheme_go_through_epath(run_dir, monkeypatch):
 
     assert isinstance(inspect.as_path("gs://bucket/run/"), epath.Path)
     assert str(inspect.as_path("gs://bucket/run/")) == "gs://bucket/run"
-    monkeypatch.setattr(
-        inspect, "as_path", epath.Path
-    )  # the class that a bucket's paths have, on local files
+    monkeypatch.setattr(inspect, "as_path", epath.Path)  # the class that a bucket's paths have, on local files
     assert inspect.describe(run_dir)["step"] == 20
 
 
@@ -128,9 +126,7 @@ def test_maxtext_fixtures():
     assert (found["num_params"], found["step"], found["optimizer"]) == (53536, 1, "sgd")
     assert found["groups"] == [{"name": "layers", "pattern_length": 1, "repeats": 4, "layer_axis": None}]
     assert "scan_layers: the step's custom_metadata" in found["metadata"]["evidence"]
-    found = inspect.describe(
-        FIXTURES / "maxtext" / "paramonly_linen_scanned_024" / "checkpoints" / "0" / "items"
-    )
+    found = inspect.describe(FIXTURES / "maxtext" / "paramonly_linen_scanned_024" / "checkpoints" / "0" / "items")
     assert (found["scan_layers"], found["optimizer"], found["dtypes"]) == (True, None, {"bfloat16": 12})
     assert found["groups"] == [{"name": "layers", "pattern_length": 1, "repeats": 4, "layer_axis": 1}]
 
@@ -142,9 +138,7 @@ def save_orbax(folder, tree, custom=None):
 
 def llama_tree(layers, width=6):
     norm = {"decoder_norm": {"scale": np.ones(width, np.float32)}}
-    return {
-        "params": {"params": {"decoder": layers | norm, "token_embedder": {"embedding": np.ones((9, width))}}}
-    }
+    return {"params": {"params": {"decoder": layers | norm, "token_embedder": {"embedding": np.ones((9, width))}}}}
 
 
 def block(*lead):
@@ -183,9 +177,7 @@ def test_a_bare_item_and_a_plain_tree(tmp_path):
 
 def test_group_patterns_of_other_families():
     width = 5
-    block_norms = {
-        f"params/params/decoder/layers/layers_{i}/pre_ffw_norm/scale": (width, 2) for i in range(6)
-    }
+    block_norms = {f"params/params/decoder/layers/layers_{i}/pre_ffw_norm/scale": (width, 2) for i in range(6)}
     rest = {f"params/params/decoder/layers_remainder/layers_{i}/query_norm/scale": (width,) for i in range(2)}
     final = {"params/params/decoder/decoder_norm/scale": (width,)}
     guess = maxtext_tree.recognise(block_norms | rest | final, "items")
@@ -195,13 +187,9 @@ def test_group_patterns_of_other_families():
         {"name": "layers_remainder", "pattern_length": 2, "repeats": 1, "layer_axis": None},
     ]
     square = {"params/params/decoder/layers/self_attention_norm/scale": (width, width)} | final
-    assert (
-        maxtext_tree.recognise(square).groups[0]["layer_axis"] is None
-    )  # as many layers as dimensions: not decided
+    assert maxtext_tree.recognise(square).groups[0]["layer_axis"] is None  # as many layers as dimensions: not decided
     split = {"params/params/decoder/dense_layers_0/self_attention/wkv_a/kernel": (width, 2)}
-    split |= {
-        f"params/params/decoder/moe_layers_{i}/self_attention/wkv_a/kernel": (width, 2) for i in range(3)
-    }
+    split |= {f"params/params/decoder/moe_layers_{i}/self_attention/wkv_a/kernel": (width, 2) for i in range(3)}
     guess = maxtext_tree.recognise(split)
     assert (guess.scan_layers, guess.family, [g["repeats"] for g in guess.groups]) == (
         False,
@@ -247,9 +235,7 @@ def test_damaged_descriptions_are_one_line(run_dir, tmp_path):
     (item / "_METADATA").write_text("{")
     with pytest.raises(UserError, match="_METADATA cannot be read"):
         inspect.describe(copy)
-    shutil.copy(
-        FIXTURES / "maxtext" / "sgd_unscanned_025" / "checkpoints" / "1" / "items" / "_METADATA", item
-    )
+    shutil.copy(FIXTURES / "maxtext" / "sgd_unscanned_025" / "checkpoints" / "1" / "items" / "_METADATA", item)
     (item / "manifest.ocdbt").write_bytes(b"\0" * 40)
     with pytest.raises(UserError, match="cannot be read"):
         inspect.describe(copy)

@@ -191,20 +191,14 @@ def test_mismatch_lists_every_shape_with_its_field(tmp_path):
 
 def test_mismatch_names_layout_depth_optimizer_and_dtype(tmp_path):
     text = message_of(tmp_path / "a", make_state(), make_state(scan_layers=False))
-    assert (
-        "params/layers/layer_1/mlp/up/kernel: expected float32[8, 16], found nothing -> scan_layers" in text
-    )
+    assert "params/layers/layer_1/mlp/up/kernel: expected float32[8, 16], found nothing -> scan_layers" in text
     assert "found float32[2, 8, 16] -> scan_layers" in text
-    text = message_of(
-        tmp_path / "b", make_state(scan_layers=False), make_state(scan_layers=False, num_layers=3)
-    )
+    text = message_of(tmp_path / "b", make_state(scan_layers=False), make_state(scan_layers=False, num_layers=3))
     assert "params/layers/layer_2/mlp/up/kernel: expected float32[8, 16], found nothing -> num_layers" in text
     text = message_of(tmp_path / "c", make_state(), make_state(optimizer=optax.sgd(0.1, momentum=0.9)))
     assert all(line.endswith("-> optimizer") for line in text.splitlines()[1:]) and "/trace/" in text
     text = message_of(tmp_path / "d", make_state(), make_state(dtype=jnp.bfloat16))
-    assert (
-        "params/embed/table: expected bfloat16[32, 8], found float32[32, 8] -> dtype of the weights" in text
-    )
+    assert "params/embed/table: expected bfloat16[32, 8], found float32[32, 8] -> dtype of the weights" in text
 
 
 def test_steps_that_are_not_there(tmp_path):
