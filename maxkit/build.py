@@ -25,8 +25,8 @@ from maxkit.optim import make_optimizer
 class Blueprint:
     """What a run is made of before anything has a value.
 
-    source holds the weights to start from (None: from scratch), `start` its path or name. `notes` say how the layout was
-    decided.
+    source holds the weights to start from (None: from scratch), `start` its path or name. `notes` say how the layout
+    was decided.
     """
 
     definition: ModelDefinition
@@ -41,7 +41,7 @@ def blueprint(cfg: RecipeConfig, stored_scan_layers: bool | None = None, where: 
     """The pieces of the run that `cfg` describes.
 
     Args:
-        stored_scan_layers: the layout in the run's own checkpoint at `where`, when there is one: it wins over the source's.
+        stored_scan_layers: the layout in the run's own checkpoint at `where`: it wins over the source's.
 
     Raises:
         UserError: unknown model, contradicting descriptions, an explicit `scan_layers` that is not the stored one,
@@ -128,6 +128,4 @@ def check_mesh(cfg: RecipeConfig, definition: ModelDefinition, mesh: Mesh) -> No
             f"{micro} rows at a time, which mesh {meshes.describe(mesh)} cannot divide over {ways} groups of devices: "
             f"use a batch_size that is a multiple of {ways * cfg.gradient_accumulation_steps}"
         )
-    meshes.check_shards_something(
-        {p.path: (p.letters, p.shape) for p in definition.parameters.values()}, mesh
-    )
+    meshes.check_shards_something({p.path: (p.letters, p.shape) for p in definition.parameters.values()}, mesh)

@@ -79,7 +79,10 @@ class Sft(RecipeConfig):
     """Supervised fine-tuning of a pretrained chat model on conversations."""
 
     model: str = Field("smollm2-135m-instruct", description=TrainConfig.model_fields["model"].description)
-    dataset: str = Field("chatterbot", description=DataConfig.model_fields["dataset"].description)
+    dataset: str = Field("chatterbot-all", description=DataConfig.model_fields["dataset"].description)
+    steps: int = Field(24, ge=0, description=TrainConfig.model_fields["steps"].description)
+    batch_size: int = Field(4, ge=1, description=TrainConfig.model_fields["batch_size"].description)
+    learning_rate: float = Field(5e-5, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
     lora_rank: int = Field(
         0, ge=0, description="Rank of LoRA matrices beside frozen weights; 0 trains all weights."
     )
@@ -105,7 +108,10 @@ class Pretrain(RecipeConfig):
         "", description="Model whose architecture is used; empty builds one from the sizes below."
     )
     dataset: str = Field("shakespeare", description=DataConfig.model_fields["dataset"].description)
-    vocab_size: int = Field(1024, ge=258, description="Size of the byte-pair vocabulary trained in the run.")
+    steps: int = Field(300, ge=0, description=TrainConfig.model_fields["steps"].description)
+    batch_size: int = Field(16, ge=1, description=TrainConfig.model_fields["batch_size"].description)
+    learning_rate: float = Field(4e-3, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
+    vocab_size: int = Field(300, ge=258, description="Size of the byte-pair vocabulary trained in the run.")
     num_layers: int = Field(4, ge=1, description="Blocks of the decoder.")
     embed_dim: int = Field(128, ge=2, description="Width of the residual stream.")
     num_heads: int = Field(4, ge=1, description="Query heads, each embed_dim / num_heads wide.")

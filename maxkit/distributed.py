@@ -43,7 +43,8 @@ def _join(**where) -> None:
         jax.distributed.initialize(**where)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"several hosts: jax.distributed could not start with {where or 'what it found'}: {reason}") from error
+        found = where or "what it found"
+        raise UserError(f"several hosts: jax.distributed could not start with {found}: {reason}") from error
 
 
 def _cluster_of_several() -> bool:

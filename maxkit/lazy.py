@@ -4,19 +4,20 @@
 import importlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
-def attach(package: str, names: dict[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+def attach(package: str, names: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` for `package`.
 
     `names` maps a public name to `module:attribute`, or to `module` for a submodule itself.
     """
 
-    def __getattr__(name: str) -> object:
+    def __getattr__(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, _, attribute = names[name].partition(":")
-        value: object = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
         if attribute:
             value = getattr(value, attribute)
         setattr(sys.modules[package], name, value)

@@ -204,7 +204,6 @@ def zeros(shape: Sequence[int], dtype: jnp.dtype, letters: str, *, like: P | Non
     return jnp.zeros(shape, dtype) if spec is None else jnp.zeros(shape, dtype, out_sharding=spec)
 
 
-
 def is_sharded(letter: str, size: int) -> bool:
     """Whether an activation dimension of this letter and size is divided by the mesh in force."""
     spec = sharding_of(letter, (size,))

@@ -30,10 +30,11 @@ from maxkit.checkpoint.manifest import GroupRecord, RunRecord
 from maxkit.checkpoint.store import CheckpointStore, set_iterator_state
 from maxkit.config import NOT_PART_OF_THE_RUN_NAME, Pretrain, RecipeConfig
 from maxkit.data.build import ChatData, TextData, chat_rows, text_rows
-from maxkit.data.entropy import bigram_entropy, unigram_entropy
+from maxkit.data.entropy import bigram_entropy, empirical_bigram_entropy, unigram_entropy
 from maxkit.data.loader import Rows, eval_batches, make_loader
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.errors import Stopped, UserError
+from maxkit.infer.generate import generate
 from maxkit.models.definition import ModelDefinition
 from maxkit.optim import learning_rate_at
 from maxkit.train.loop import Every, StopRequest, train_loop
@@ -62,7 +63,7 @@ def start(cfg: RecipeConfig) -> "Run":
     return Run(cfg)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Mean negative log-likelihood per trained token of the held-out rows, in nats."""
 
@@ -71,7 +72,18 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
+        """exp(loss)."""
         return math.exp(self.loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assessment:
+    """How good the weights are after `step` updates: held-out loss, and what they answer."""
+
+    step: int
+    loss: float
+    tokens: int
+    answers: tuple[str, ...] = ()
 
 
 class Run:
@@ -130,9 +142,7 @@ class Run:
         }
         if self.resumed_from is not None:
             facts["continues"] = f"after update {self.resumed_from} of {cfg.steps}"
-        notes = meshes.unsharded(
-            {p.path: (p.letters, p.shape) for p in self.definition.parameters.values()}, self.mesh
-        )
+        notes = meshes.unsharded({p.path: (p.letters, p.shape) for p in self.definition.parameters.values()}, self.mesh)
         return nb.hardware_card(facts, notes=[*self.blueprint.notes, *notes])
 
     def describe_model(self) -> Any:
@@ -213,6 +223,22 @@ class Run:
         self.seconds["setup"] += time.perf_counter() - start
         return self.data
 
+    def show_row(self, number: int) -> Any:
+        """One training row as text; what is trained is marked, and each segment begins on a line of its own."""
+        row = self.data.train[number]
+        pieces = []
+        for segment in range(1, int(row["segment_ids"].max()) + 1):
+            inside = np.flatnonzero(row["segment_ids"] == segment)
+            # A target that is trained is the next token of its position.
+            trained = np.concatenate([[0.0], row["loss_mask"][inside][:-1]])
+            pieces.append(
+                [
+                    (self.tokenizer.decode([int(row["tokens"][i])]), bool(t))
+                    for i, t in zip(inside, trained, strict=True)
+                ]
+            )
+        return nb.text_card(pieces, title=f"Training row {number}")
+
     def load_model(self) -> TrainState:
         """The state to train: from the run's newest checkpoint, from the source's weights, or from the seed."""
         start = time.perf_counter()
@@ -268,7 +294,8 @@ class Run:
         self.report += found.notes
         if found.manifest.data != self._data_digest():
             raise UserError(
-                f"{self.folder}: the data set gives other rows than when the run began; restore the data, or give a new run_dir"
+                f"{_display_path(self.folder)}: the data set gives other rows than when the run began; "
+                "restore the data, or give a new run_dir"
             )
         set_iterator_state(self._iterator, found.iterator_state)
         if self.primary:
@@ -309,8 +336,8 @@ class Run:
         if reason:
             self.store.close()
             raise Stopped(
-                f"stopped by {reason} after update {self.steps_done} of {cfg.steps}, which is saved in {self.folder}: "
-                "start the same command again to continue"
+                f"stopped by {reason} after update {self.steps_done} of {cfg.steps}, which is saved in "
+                f"{_display_path(self.folder)}: start the same command again to continue"
             )
         return self.history
 
@@ -431,16 +458,50 @@ class Run:
     def generate(self, prompts: Sequence[Any], **options: Any) -> list[str]:
         """Answers or continuations of the weights as they are now; options as in `maxkit.generate`."""
         with jax.set_mesh(self.mesh):
-            from maxkit.infer.generate import generate
-
             return generate(self.loaded, prompts, **options)
 
+    def assess(self, prompts: Sequence[Any] = (), **options: Any) -> Assessment:
+        """Held-out loss and answers of the weights as they are now, kept in the run folder under their step."""
+        held_out = self.evaluate()
+        answers = tuple(self.generate(prompts, **options)) if prompts else ()
+        found = Assessment(self.steps_done, held_out.loss, held_out.tokens, answers)
+        self.metrics[f"held_out/loss_at_{found.step}"] = found.loss
+        if self.primary:
+            path = self.folder / f"assessment-{found.step}.json"
+            nb.write_json(path, {**dataclasses.asdict(found), "prompts": _readable(prompts)})
+        return found
+
+    def baseline(self, prompts: Sequence[Any] = (), **options: Any) -> Assessment:
+        """The assessment before the first update: made now, or, when a run is continued, the one its folder remembers."""
+        path = self.folder / "assessment-0.json"
+        if self.steps_done == 0:
+            return self.assess(prompts, **options)
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept.pop("prompts") == _readable(prompts):
+                self.metrics["held_out/loss_at_0"] = kept["loss"]
+                return Assessment(**{**kept, "answers": tuple(kept["answers"])})
+        trained, done = self.state, self.steps_done
+        with jax.set_mesh(self.mesh):
+            params, base = self.definition.split_trainable(self._initial_params())
+        self.state, self.steps_done = dataclasses.replace(trained, params=params, base=base), 0
+        try:
+            return self.assess(prompts, **options)
+        finally:
+            self.state, self.steps_done = trained, done
+
+    def uses_defaults(self) -> bool:
+        """Whether the settings that decide the numbers are the defaults, so that the reference values apply."""
+        return not set(self.cfg.different()) - (MAY_CHANGE - {"steps"})
+
     def entropy_bars(self) -> dict[str, float]:
-        """What a model that only counts tokens, or pairs of them, would reach on the held-out text (nats per token)."""
+        """What a model that only counts tokens, or pairs, would reach on the held-out text (nats per token)."""
         data, size = self.data, self.definition.config.vocab_size
         return {
             "unigram": unigram_entropy(data.train_tokens, data.held_out_tokens, size),
             "bigram": bigram_entropy(data.train_tokens, data.held_out_tokens, size),
+            # No table fitted elsewhere can be this good here: it is counted on the held-out text itself.
+            "bigram (of the text)": empirical_bigram_entropy(data.held_out_tokens, size),
         }
 
     # ------------------------------------------------------------ the end
@@ -494,6 +555,10 @@ def _check_same_run(cfg: RecipeConfig, before: dict[str, Any], folder: Path) -> 
             f"run_dir={_display_path(folder)} holds a run with other settings ({'; '.join(differing)}): give another "
             "run_dir, or the settings it was made with"
         )
+
+
+def _readable(prompts: Sequence[Any]) -> list[Any]:
+    return json.loads(json.dumps(list(prompts)))
 
 
 def _display_path(path: Path) -> str:

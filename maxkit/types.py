@@ -86,7 +86,7 @@ class LossOut:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a training run owns: step (updates done, int32), trained params, the rest of the model, optimizer state, PRNG key."""
+    """What a run owns: step (updates done, int32), trained params, the rest of the model, optimizer state, PRNG key."""
 
     step: jax.Array
     params: Tree

@@ -6,6 +6,7 @@ guessed, filled, tiled or cast in silence. Next to read: `sources.py` (names), `
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from maxkit import mesh as meshes
-from maxkit.checkpoint import manifest, restore, sources
+from maxkit.checkpoint import inspect, manifest, restore, sources
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.errors import UserError
 from maxkit.formats.gguf import GGUFReader
@@ -38,21 +39,25 @@ class Source(Protocol):
     format: str
     config: ModelConfig
 
-    def tokenizer(self) -> Tokenizer | None: ...
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that came with it."""
 
-    def addresses(self) -> Iterable[tuple[str, int | None]]: ...
+    def addresses(self) -> Iterable[tuple[str, int | None]]:
+        """(canonical path, layer number or None) of every tensor it has."""
 
-    def unused_keys(self) -> list[str]: ...
+    def unused_keys(self) -> list[str]:
+        """Stored tensors that the model does not use."""
 
-    def read(self, path: str, layer: int | None = None) -> np.ndarray: ...
+    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        """One layer's tensor in canonical orientation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """A model that has its weights.
 
-    params is the pure tree, `definition` its structure; `model` merges the two. `tokenizer` is None where the source has
-    none. `report` says, line by line, what was decided and why.
+    params is the pure tree, `definition` its structure; `model` merges the two. `tokenizer` is None where the
+    source has none. `report` says, line by line, what was decided and why.
     """
 
     definition: ModelDefinition
@@ -90,7 +95,7 @@ def load(
         scan_layers: stacked layers or one by one; None loads it from the checkpoint (sources without a layout: stacked).
         dtype: cast the weights, "float32" | "bfloat16"; None keeps the stored type.
         mesh: where to put the weights: a mesh, its description, or None for the first device.
-        missing: parameters that the source lacks: an error, zeros with a line in the report, or their initial values.
+        missing: parameters that the source lacks: an error, zeros and a line in the report, or initial values.
         unexpected: tensors that the model does not use: an error, or a line in the report.
 
     Raises:
@@ -124,10 +129,12 @@ def open_source(path_or_model_name: str | Path) -> Source:
         return GGUFReader(path)
     if path.is_dir() and (path / "config.json").exists():
         return HuggingFaceReader(path)
-    from maxkit.checkpoint import inspect
-
     location = inspect.find(path)
-    return MaxkitSource(epath.Path(location.step_path))
+    if location.kind != "maxkit":
+        raise UserError(
+            f"{path}: a checkpoint of kind {location.kind!r} cannot be loaded yet; see maxkit inspect {path}"
+        )
+    return MaxkitSource(epath.Path(location.path))
 
 
 class MaxkitSource:
@@ -144,9 +151,7 @@ class MaxkitSource:
         self.config = ModelConfig.model_validate(model)
         self.scan_layers = self.manifest.scan_layers
         self.paths = {
-            path.split("/", 1)[1]: path
-            for path in self.manifest.leaves
-            if path.startswith(("params/", "base/"))
+            path.split("/", 1)[1]: path for path in self.manifest.leaves if path.startswith(("params/", "base/"))
         }
 
     @property
@@ -158,7 +163,12 @@ class MaxkitSource:
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer saved with the step."""
         files = manifest.read_tokenizer(self.step_path, self.manifest)
-        return Tokenizer.from_files(files) if files else None
+        if not files:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            return Tokenizer.load(folder)
 
     def leaves(self, parameters: list[Parameter], mesh: Mesh | None) -> dict[str, jax.Array]:
         """Arrays of `parameters` by path, in their stored dtype, verified and in their final layout."""
@@ -167,7 +177,7 @@ class MaxkitSource:
             record = self.manifest.leaves[self.paths[parameter.path]]
             if tuple(record.shape) != parameter.shape:
                 raise UserError(
-                    f"{self.step_path}: {parameter.path} has shape {record.shape}, the config says {parameter.shape}"
+                    f"{self.step_path}: {parameter.path} has shape {record.shape}, config says {parameter.shape}"
                 )
             sharding = meshes.weight_sharding(parameter.letters, parameter.shape, mesh) if mesh else None
             wanted[self.paths[parameter.path]] = jax.ShapeDtypeStruct(
@@ -177,9 +187,7 @@ class MaxkitSource:
         return {path.split("/", 1)[1]: array for path, array in arrays.items()}
 
 
-def resolve_scan_layers(
-    stored: bool | None, explicit: bool | None, origin: str, where: object
-) -> tuple[bool, str]:
+def resolve_scan_layers(stored: bool | None, explicit: bool | None, origin: str, where: object) -> tuple[bool, str]:
     """The layout to load, and a line that says why.
 
     Raises:
@@ -204,7 +212,9 @@ def check_config(source: Source, given: ModelConfig | str | Path | None, where: 
         return
     described = given if isinstance(given, ModelConfig) else _read_description(Path(given))
     ours, theirs = source.config.model_dump(), described.model_dump()
-    differing = [f"{name}: {ours[name]!r} recorded, {theirs[name]!r} given" for name in ours if ours[name] != theirs[name]]
+    differing = [
+        f"{name}: {ours[name]!r} recorded, {theirs[name]!r} given" for name in ours if ours[name] != theirs[name]
+    ]
     if differing:
         raise UserError(f"config={given} contradicts what {where} records: {'; '.join(differing)}")
 
@@ -248,8 +258,8 @@ def read_params(
         keys = [parameter.path] if isinstance(source, MaxkitSource) else _addresses(parameter)
         (found if all(key in present for key in keys) else absent).append(parameter)
     _check_missing([p for p in absent if not p.trainable_adapter], missing, report)
-    unused = source.unused_keys() if not isinstance(source, MaxkitSource) else sorted(
-        present - set(definition.parameters)
+    unused = (
+        source.unused_keys() if not isinstance(source, MaxkitSource) else sorted(present - set(definition.parameters))
     )
     _check_unexpected(unused, unexpected, report)
     leaves: dict[str, jax.Array] = {}
@@ -278,8 +288,8 @@ def _check_missing(absent: list[Parameter], policy: Policy, report: list[str]) -
     lines = [f"{p.path} {list(p.shape)} {p.dtype}" for p in absent]
     if lines and policy == "error":
         raise UserError(
-            f"{len(lines)} parameters of the model are not in the checkpoint: {'; '.join(lines)}. Check num_layers and the "
-            "family, or set checkpoint_missing_param_policy to warn (zeros) or init (initial values)"
+            f"{len(lines)} parameters of the model are not in the checkpoint: {'; '.join(lines)}. Check num_layers "
+            "and the family, or set checkpoint_missing_param_policy to warn (zeros) or init (initial values)"
         )
     fill = "its initial value" if policy == "init" else "zeros"
     report += [f"missing, filled with {fill}: {line}" for line in lines]
@@ -302,7 +312,8 @@ def _stack(source: Source, parameter: Parameter, cast: bool, report: list[str]) 
         tensor = source.read(address, layer)
         if tensor.shape != parameter.layer_shape:
             raise UserError(
-                f"{address} (layer {layer}) has shape {list(tensor.shape)}, the config says {list(parameter.layer_shape)}"
+                f"{address} (layer {layer}) has shape {list(tensor.shape)}, "
+                f"the config says {list(parameter.layer_shape)}"
             )
         if row == 0:
             _note_cast(tensor.dtype, target, parameter, cast, report)

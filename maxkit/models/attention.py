@@ -39,7 +39,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, context: Context, cache: dict[str, jax.Array] | None
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """x [B, T, D] and this layer's cache {"k", "v": [B, S, K, H]} to the output and the cache with T more tokens."""
+        """From x [B, T, D] and this layer's {"k", "v": [B, S, K, H]}: the output, and the cache with T more tokens."""
         cos, sin = context.rotations[self.theta]
         query, key, value = rotate(self.query(x), cos, sin), rotate(self.key(x), cos, sin), self.value(x)
         if cache is not None:
@@ -52,6 +52,6 @@ class Attention(nnx.Module):
 
 
 def write(slots: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """slots [B, S, ...] with new [B, T, ...] written from slot start [B] on, row by row."""
+    """The slots [B, S, ...] with new [B, T, ...] written from slot start [B] on, row by row."""
     update = jax.vmap(lambda row, fresh, at: jax.lax.dynamic_update_slice_in_dim(row, fresh, at, axis=0))
     return update(slots, new.astype(slots.dtype), start)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model is: sizes, block patterns, layer groups. Pure data, no JAX.
 
-How it runs (precision, scan, rematerialisation, attention kernel) is `Execution`; it never changes the function computed
-beyond rounding. Next to read: `decoder.py`.
+How it runs (precision, scan, rematerialisation) is `Execution`; it never changes the function computed beyond
+rounding. Next to read: `decoder.py`.
 """
 
 from typing import Literal
@@ -40,7 +40,7 @@ class BlockSpec(Frozen):
 
 
 class LayerGroup(Frozen):
-    """`repeats` copies of a block pattern; layer i of the model is block i % P of its group, i counted from `first_layer`."""
+    """`repeats` copies of a pattern of P blocks; the group's layer i, counted from `first_layer`, is block i % P."""
 
     name: str
     pattern: tuple[BlockSpec, ...]
@@ -49,6 +49,7 @@ class LayerGroup(Frozen):
 
     @property
     def num_layers(self) -> int:
+        """Layers in the group."""
         return len(self.pattern) * self.repeats
 
     def layer_numbers(self, block: int) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, context: Context, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
-        """x [B, T, D] to x, the layer's cache, and its statistics."""
+        """From x [B, T, D]: the new x, the layer's cache, and its statistics."""
         attended, cache = self.attention(self.attention_norm(x), context, cache)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cache, {}
@@ -62,7 +62,7 @@ class Group(nnx.Module):
     def __call__(
         self, x: jax.Array, context: Context, caches: list[LayerCache] | None
     ) -> tuple[jax.Array, list[LayerCache] | None, dict[str, jax.Array]]:
-        """x through all layers; caches in the order of `names`, stacked on axis 0 when scanned."""
+        """Run x through all layers; caches in the order of `names`, stacked on axis 0 when scanned."""
         blocks = [getattr(self, name) for name in self.names]
         given = caches if caches is not None else [None] * len(blocks)
         if not self.scan:
@@ -140,13 +140,13 @@ class Decoder(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
     ) -> Hidden:
-        """x [B, T, D] before the final norm, the cache, and per-layer statistics.
+        """Return x [B, T, D] before the final norm, the cache, and per-layer statistics.
 
         Args:
             tokens: [B, T] ids.
             positions: [B, T]; counted from 0, or from the cache's end, when None.
             cache: from `init_cache` or an earlier call; the T tokens are appended to it.
-            attention_mask: [B, T, S] bool, True where attention is allowed, on top of causality; S is T or the cache size.
+            attention_mask: [B, T, S] bool, True where attention is allowed, besides causality; S is T or the cache size.
             segment_ids: [B, T]; tokens see their own segment only, 0 is padding.
         """
         rows, length = tokens.shape

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model without its values: structure, shapes, letters, addresses; and how values are made, placed and merged in.
 
-Everything that handles weights (training, checkpoints, conversion, planning) works on the pure nested dict of arrays and
-on this description of it. The NNX module exists only inside a traced function or when a user asks for it.
+Everything that handles weights (training, checkpoints, conversion, planning) works on the pure nested dict of arrays
+and on this description of it. The NNX module exists only inside a traced function or when a user asks for it.
 """
 
 import dataclasses

@@ -37,15 +37,17 @@ class Make:
     stacked: bool = False
 
     def at(self, name: str) -> "Make":
+        """One level further down."""
         return dataclasses.replace(self, path=f"{self.path}/{name}" if self.path else name)
 
     def for_layers(self, layers: tuple[int, ...], stacked: bool) -> "Make":
+        """For the layers with these numbers in the whole model."""
         return dataclasses.replace(self, layers=layers, stacked=stacked)
 
     def __call__(
         self, name: str, shape: tuple[int, ...], letters: str, initializer: Initializer, kind: type = nnx.Param
     ) -> nnx.Param:
-        """A parameter [*shape], or [L, *shape] in a stack. `letters` is kept as metadata, with L in front of a stack."""
+        """A parameter [*shape], or [L, *shape] in a stack, whose letters then begin with L; they are kept as metadata."""
         key = jax.random.fold_in(self.key, zlib.crc32(f"{self.path}/{name}".encode()))
         if self.layers is None:
             return kind(initializer(key, shape, self.dtype), letters=letters)
@@ -95,6 +97,7 @@ class Projection(nnx.Module):
             self.lora_b = make("lora_b", _shape("R" + produced, sizes | rank), "R" + produced, zeros, nnx.LoRAParam)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The product over the contracted letters, plus bias and adapter."""
         y = mesh.einsum(f"{self.inputs},{self.letters}->{self.outputs}", x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + mesh.replicate(self.bias[...].astype(x.dtype))
@@ -122,6 +125,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last dimension of x."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
@@ -134,6 +138,7 @@ class Embedding(nnx.Module):
         self.table = make("table", (vocab_size, dim), "VD", normal(0.02))
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows [B, T, D] of the tokens [B, T], in `dtype`."""
         return mesh.gather_rows(self.table[...], tokens, "BTD").astype(dtype)
 
 
@@ -149,6 +154,7 @@ class GatedMlp(nnx.Module):
         self.down = Projection("BTF,FD->BTD", sizes, make.at("down"), bias=config.mlp_bias, scale=scale)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x [B, T, D] to [B, T, D]."""
         return self.down(ACTIVATION[self.activation](self.gate(x)) * self.up(x))
 
 

@@ -23,7 +23,7 @@ def rotations(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [B, T, heads, H] turned by the angles of its position; dimension i is paired with i + H/2."""
+    """Return x [B, T, heads, H] turned by the angles of its position; dimension i is paired with i + H/2."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -11,11 +11,13 @@ __getattr__, __dir__ = attach(
     {
         "hardware_card": "maxkit.nb.cards:hardware_card",
         "table": "maxkit.nb.cards:table",
+        "text_card": "maxkit.nb.cards:text_card",
         "Progress": "maxkit.nb.progress:Progress",
         "loss_figure": "maxkit.nb.figures:loss_figure",
         "bars_figure": "maxkit.nb.figures:bars_figure",
         "expect": "maxkit.nb.checks:expect",
         "check_all": "maxkit.nb.checks:check_all",
         "write_report": "maxkit.nb.record:write_report",
+        "write_json": "maxkit.nb.record:write_json",
     },
 )

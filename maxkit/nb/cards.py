@@ -83,6 +83,25 @@ def hardware_card(
     )
 
 
+def text_card(segments: Sequence[Sequence[tuple[str, bool]]], *, title: str = "") -> Card:
+    """Pieces of text, the marked ones bold and shaded (in plain text between » and «); a rule between segments."""
+    parts, lines = [], [title] if title else []
+    for pieces in segments:
+        runs: list[tuple[str, bool]] = []
+        for text, marked in pieces:
+            if runs and runs[-1][1] == marked:
+                runs[-1] = (runs[-1][0] + text, marked)
+            else:
+                runs.append((text, marked))
+        bold = f"font-weight:700;background:{SHADE};border-bottom:2px solid {GREY}"
+        parts.append("".join(f'<span style="{bold}">{_escape(t)}</span>' if m else _escape(t) for t, m in runs))
+        lines.append("".join(f"»{t}«" if m else t for t, m in runs))
+    head = f'<div style="{_HEAD}">{_escape(title)}</div>' if title else ""
+    rule = f'<div style="border-top:1px dashed {GREY};margin:0.4em 0"></div>'
+    body = rule.join(f'<div style="font-family:monospace;white-space:pre-wrap">{part}</div>' for part in parts)
+    return Card(f'<div style="{CARD}">{head}{body}</div>', "\n".join(lines))
+
+
 def parameters_card(recipe: str, rows: Sequence[Mapping[str, Any]], num_defaults: int) -> Card:
     """What differs from a recipe's defaults, and where it came from."""
     rest = f"{num_defaults} other parameters have their defaults"

@@ -18,8 +18,11 @@ MASKED = -1e30  # finite: a padding query that sees nothing must not become NaN
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Visibility:
-    """Positions [B, T] and [B, S], segments likewise (0 is padding, equal segments see each other), and an optional
-    extra mask [B, T, S], True where attention is allowed. An empty cache slot has position -1."""
+    """Positions of queries and keys.
+
+    They are [B, T] and [B, S], segments likewise (0 is padding, equal segments see each other), and an optional
+    extra mask [B, T, S], True where attention is allowed. An empty cache slot has position -1.
+    """
 
     query_positions: jax.Array
     key_positions: jax.Array
@@ -40,9 +43,7 @@ class Visibility:
         return allowed
 
 
-def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float
-) -> jax.Array:
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float) -> jax.Array:
     """softmax(scale q k^T + mask) v, the softmax in float32 (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
     Args:

@@ -57,8 +57,8 @@ def _tiled(hidden, head, targets, mask, num_tiles, z_loss, head_layout):
         logits, lse = _logits(h, head)
         return None, _losses(logits, lse, y, m, z_loss)
 
-    _, (nll, z) = jax.lax.scan(body, None, _tiles(num_tiles, hidden, targets, mask))
-    return jnp.sum(nll), jnp.sum(z)
+    _, losses = jax.lax.scan(body, None, _tiles(num_tiles, hidden, targets, mask))
+    return _sums(losses, hidden.shape[1])
 
 
 def _forward(hidden, head, targets, mask, num_tiles, z_loss, head_layout):
@@ -86,10 +86,10 @@ def _forward(hidden, head, targets, mask, num_tiles, z_loss, head_layout):
         return d_heads, (losses, d_hiddens)
 
     start = [mesh.zeros(head.shape, jnp.float32, "VD", like=head_layout) for _ in range(outputs if train_head else 0)]
-    d_heads, ((nll, z), d_hiddens) = jax.lax.scan(body, start, _tiles(num_tiles, hidden, targets, mask))
+    d_heads, (losses, d_hiddens) = jax.lax.scan(body, start, _tiles(num_tiles, hidden, targets, mask))
     d_hiddens = [_untile(d, hidden.shape[1]) for d in d_hiddens]
     types = jnp.zeros((), head.dtype)
-    return (jnp.sum(nll), jnp.sum(z)), (d_hiddens, d_heads, types)
+    return _sums(losses, hidden.shape[1]), (d_hiddens, d_heads, types)
 
 
 def _backward(num_tiles, z_loss, head_layout, residuals, cotangents):
@@ -125,6 +125,13 @@ def _losses(logits, lse, y, m, z_loss):
     """Per token [B, t]; padding tokens have m = 0."""
     picked = jnp.sum(jnp.where(_hits(logits, y), logits, 0.0), axis=-1)
     return (lse - picked) * m, z_loss * lse * lse * m
+
+
+def _sums(losses, length):
+    # Over [B, T] as it was before it was cut, and not fused with the undoing of the cut: then the order of the sum, hence
+    # its rounding, does not depend on the number of tiles.
+    nll, z = (jnp.sum(jax.lax.optimization_barrier(_untile(x, length))) for x in losses)
+    return nll, z
 
 
 def _tiles(num_tiles, hidden, targets, mask):

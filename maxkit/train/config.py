@@ -57,7 +57,7 @@ class TrainConfig(BaseModel):
         description="What the backward pass computes again: nothing, all, or all but matrix products.",
     )
     num_vocab_tiling: int = Field(
-        1, ge=1, description="Pieces in which the loss walks over the tokens; more of them need less memory."
+        4, ge=1, description="Pieces in which the loss walks over the tokens; more of them need less memory."
     )
     log_period: int = Field(1, ge=1, description="Updates between two rows of metrics.")
 

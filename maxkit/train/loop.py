@@ -29,6 +29,7 @@ class Every:
     at_end: bool = True
 
     def due(self, step: int, last: bool) -> bool:
+        """Whether to call the hook after this update."""
         return bool(self.every and step % self.every == 0) or (last and self.at_end)
 
 
@@ -59,7 +60,7 @@ class StopRequest:
 
     @property
     def name(self) -> str | None:
-        """"SIGTERM", "SIGINT", or None while nobody asked. With several hosts: as soon as any of them was asked."""
+        """ "SIGTERM", "SIGINT", or None while nobody asked. With several hosts: as soon as any of them was asked."""
         asked = self.signal
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils

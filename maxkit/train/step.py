@@ -22,9 +22,11 @@ Metrics = dict[str, jax.Array]
 class Objective(Protocol):
     """What `objectives` promises."""
 
-    def weights(self, batch: Batch) -> dict[str, jax.Array]: ...
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        """{term: denominator over the whole update}."""
 
-    def __call__(self, model: Any, batch: Batch, frozen: Any, weights: dict[str, jax.Array]) -> LossOut: ...
+    def __call__(self, model: Any, batch: Batch, frozen: Any, weights: dict[str, jax.Array]) -> LossOut:
+        """The micro-batch's part of the loss."""
 
 
 def train_step(
@@ -77,7 +79,7 @@ def compile_train_step(
 
 
 def eval_step(definition: ModelDefinition, objective: Objective) -> Callable[[Tree, Batch, Any], tuple[dict, dict]]:
-    """A compiled (params, batch, frozen) -> (sums per term, weights per term), to be added over batches by the caller."""
+    """A compiled (params, batch, frozen) -> (sums per term, weights per term); the caller adds them over batches."""
 
     def step(params: Tree, batch: Batch, frozen: Any = None) -> tuple[dict, dict]:
         weights = objective.weights(batch)
@@ -87,7 +89,7 @@ def eval_step(definition: ModelDefinition, objective: Objective) -> Callable[[Tr
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
-    """[B, ...] leaves as [A, B/A, ...]: the new leading axis is strided, because a sharded B cannot be cut in blocks."""
+    """Leaves [B, ...] as [A, B/A, ...]: the new axis is strided, because a sharded B cannot be cut in blocks."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
