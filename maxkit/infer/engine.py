@@ -242,7 +242,7 @@ class Engine:
                 raise UserError(f"prompt {number} is empty: give at least one token to continue from")
             if len(prompt) + max_new_tokens > limit:
                 raise UserError(
-                    f"prompt {number} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, together "
+                    f"prompt {number} has {len(prompt)} tokens, with max_new_tokens={max_new_tokens} that is "
                     f"{len(prompt) + max_new_tokens}: the cache holds {limit} (the model allows "
                     f"{self.definition.config.max_seq_len}); shorten the prompt or lower max_new_tokens"
                 )
@@ -338,8 +338,10 @@ def _insert(prefix, state, source):
             width[axis + 1] = (0, old.shape[axis + 1] - new.shape[axis + 1])
         rows = jnp.take(jnp.pad(new, width), jnp.maximum(source, 0), axis=axis)
         letters = "L" * axis + "BSKH"[: old.ndim - axis]
-        taken = (source >= 0).reshape((1,) * axis + (-1,) + (1,) * (old.ndim - axis - 1))
-        return jnp.where(taken, meshes.constrain(rows, letters), old)
+        taken = jnp.broadcast_to(
+            (source >= 0).reshape((1,) * axis + (-1,) + (1,) * (old.ndim - axis - 1)), old.shape
+        )
+        return jnp.where(meshes.constrain(taken, letters), meshes.constrain(rows, letters), old)
 
     layers = jax.tree.map(lambda new, old: put(new, old, stacked), prefix.cache.layers, state.cache.layers)
     positions = put(prefix.cache.positions + 1, state.cache.positions + 1) - 1  # padded with -1: empty slots

@@ -10,9 +10,9 @@ from maxkit.infer.generate import encode
 ANSWERS = {
     "What is the capital of France?": "The capital of France is Paris.",
     "Write one sentence about why the sky is blue.": (
-        "The sky is blue because of the way the human eye perceives light. When sunlight reaches our planet, it "
-        "encounters tiny molecules of air, which scatter the shorter wavelengths of light, including blue, in a way "
-        "that makes the sky appear blue."
+        "The sky is blue because of the way the human eye perceives light. When sunlight reaches our planet, "
+        "it encounters tiny molecules of air, which scatter the shorter wavelengths of light, including blue, "
+        "in a way that makes the sky appear blue."
     ),
     "What is 3 + 4? Reply with only the number.": "3 + 4 = 7",
 }
@@ -35,7 +35,10 @@ def test_one_by_one_equals_the_batch_and_a_rendered_string_equals_its_messages(l
     for messages, answer in zip(conversations(), ANSWERS.values(), strict=True):
         assert maxkit.generate(loaded, [messages]) == [answer]
     text = loaded.tokenizer.decode(encode(loaded.tokenizer, conversations()[0]))
-    assert maxkit.generate(loaded, [text, conversations()[2]]) == ["The capital of France is Paris.", "3 + 4 = 7"]
+    assert maxkit.generate(loaded, [text, conversations()[2]]) == [
+        "The capital of France is Paris.",
+        "3 + 4 = 7",
+    ]
 
 
 def test_lengths_stop_tokens_and_logps_of_the_answers(loaded):
@@ -43,9 +46,7 @@ def test_lengths_stop_tokens_and_logps_of_the_answers(loaded):
     engine = Engine(loaded.definition, loaded.params, eos_ids=[loaded.tokenizer.eos_id])
     out = engine.generate_batch(prompts)
     assert out.lengths.tolist() == [8, 49, 8] and out.stopped.all()
-    scored = sequence_logps(
-        loaded.definition, loaded.params, [p + t for p, t in zip(prompts, out.tokens, strict=True)]
-    )
+    scored = sequence_logps(loaded.definition, loaded.params, [p + t for p, t in zip(prompts, out.tokens, strict=True)])
     for prompt, scores, logps in zip(prompts, scored, out.logps, strict=True):
         assert abs(scores[len(prompt) - 1 :] - logps).max() < 1e-3
     cut = engine.generate_batch(prompts, max_new_tokens=8)
