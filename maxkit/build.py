@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from maxkit import mesh as meshes
 from maxkit.checkpoint import load
-from maxkit.config import Pretrain, RecipeConfig
+from maxkit.config import Pretrain, RecipeConfig, Sft
 from maxkit.errors import UserError
 from maxkit.models.config import Execution, ModelConfig
 from maxkit.models.definition import ModelDefinition
@@ -32,7 +32,7 @@ class Blueprint:
     definition: ModelDefinition
     objective: NextToken
     optimizer: optax.GradientTransformation
-    source: load.Source | None
+    source: load.Source | load.MaxkitSource | None
     start: str | None
     notes: tuple[str, ...]
 
@@ -72,7 +72,7 @@ def blueprint(cfg: RecipeConfig, stored_scan_layers: bool | None = None, where: 
     )
 
 
-def architecture(cfg: RecipeConfig) -> tuple[ModelConfig, load.Source | None, str | None]:
+def architecture(cfg: RecipeConfig) -> tuple[ModelConfig, load.Source | load.MaxkitSource | None, str | None]:
     """(architecture, opened source of weights or None, its path or name).
 
     `model` gives the architecture and, unless `load_parameters_path` is set, the weights.
@@ -111,8 +111,7 @@ def from_sizes(cfg: Pretrain) -> ModelConfig:
 
 def lora_config(cfg: RecipeConfig) -> LoraConfig | None:
     """The adapters that a recipe asks for, None for full training."""
-    rank = getattr(cfg, "lora_rank", 0)
-    return LoraConfig(rank=rank, alpha=cfg.lora_alpha) if rank else None
+    return cfg.lora if isinstance(cfg, Sft) else None
 
 
 def check_mesh(cfg: RecipeConfig, definition: ModelDefinition, mesh: Mesh) -> None:

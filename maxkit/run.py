@@ -42,6 +42,7 @@ from maxkit.train.metrics import MetricsWriter, model_flops_per_token, peak_memo
 from maxkit.train.step import compile_train_step, eval_step
 from maxkit.types import Batch, TrainState, Tree
 
+KEPT = ("figures", "metrics.jsonl", "tokenizer")  # of a run folder, besides the newest checkpoint
 COLUMNS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 # Settings that may change between two starts of one folder: the updates still to come mean the same.
 MAY_CHANGE = NOT_PART_OF_THE_RUN_NAME | {
@@ -349,7 +350,7 @@ class Run:
             self.blueprint.optimizer,
             self.cfg.gradient_accumulation_steps,
         )
-        rows = {name: np.zeros((self.cfg.batch_size, self.cfg.seq_len), np.int32) for name in COLUMNS}
+        rows: dict[str, Any] = {name: np.zeros((self.cfg.batch_size, self.cfg.seq_len), np.int32) for name in COLUMNS}
         rows["loss_mask"] = rows["loss_mask"].astype(np.float32)
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.batch_sharding(self.mesh)), Batch(**rows)
@@ -395,7 +396,8 @@ class Run:
             shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
             return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(x), shape)
 
-        return Batch(**{name: put(rows[name]) for name in COLUMNS})
+        columns: dict[str, Any] = {name: put(rows[name]) for name in COLUMNS}
+        return Batch(**columns)
 
     def _save(self, step: int, state: TrainState) -> None:
         metrics = {"loss": self.history[-1]["loss"]} if self.history else {}
@@ -472,7 +474,7 @@ class Run:
         return found
 
     def baseline(self, prompts: Sequence[Any] = (), **options: Any) -> Assessment:
-        """The assessment before the first update: made now, or, when a run is continued, the one its folder remembers."""
+        """The assessment before the first update: made now, or, for a continued run, the one its folder remembers."""
         path = self.folder / "assessment-0.json"
         if self.steps_done == 0:
             return self.assess(prompts, **options)
@@ -497,6 +499,7 @@ class Run:
     def entropy_bars(self) -> dict[str, float]:
         """What a model that only counts tokens, or pairs, would reach on the held-out text (nats per token)."""
         data, size = self.data, self.definition.config.vocab_size
+        assert isinstance(data, TextData)
         return {
             "unigram": unigram_entropy(data.train_tokens, data.held_out_tokens, size),
             "bigram": bigram_entropy(data.train_tokens, data.held_out_tokens, size),
@@ -507,11 +510,7 @@ class Run:
     # ------------------------------------------------------------ the end
 
     def finish(self, metrics: dict[str, float] | None = None, artifacts: Sequence[str | Path] = ()) -> Any:
-        """Write `report.json` (also when a check failed), then raise if one did; a table of the artefacts.
-
-        Raises:
-            CheckFailed: a value stated with `nb.expect` lies outside what was expected.
-        """
+        """Write `report.json`, with the checks stated so far (also those that failed), and close the run."""
         self.store.wait()
         self.seconds["total"] = time.perf_counter() - self._clock
         measured = {**self.metrics, **(metrics or {})}
@@ -522,6 +521,7 @@ class Run:
             measured["perf/tokens_per_s"] = rates[len(rates) // 2]
         latest = self.store.latest_step()
         paths = [Path(p) for p in artifacts]
+        paths += [path for name in KEPT if (path := self.folder / name).exists()]
         if latest is not None:
             paths.append(Path(str(self.store.step_path(latest))))
         record = nb.write_report(
@@ -536,6 +536,16 @@ class Run:
         )
         self.store.close()
         return record
+
+
+def describe_artifacts(record: dict[str, Any]) -> Any:
+    """A table of what a run left behind, from its record: files, and folders with the sum of their files."""
+    groups: dict[str, list[int]] = {}
+    for row in record["artifacts"]:
+        parts = row["path"].split("/")
+        groups.setdefault("/".join(parts[:2]) + ("/" if len(parts) > 2 else ""), []).append(row["bytes"])
+    rows = [{"what": name, "files": len(sizes), "MiB": round(sum(sizes) / 2**20, 2)} for name, sizes in groups.items()]
+    return nb.table(rows, title="What is in the run folder", caption="SHA-256 of every file: report.json")
 
 
 def _check_same_run(cfg: RecipeConfig, before: dict[str, Any], folder: Path) -> None:

@@ -34,7 +34,7 @@ Policy = Literal["error", "warn", "init"]
 
 
 class Source(Protocol):
-    """An opened checkpoint: what it records, and its tensors by canonical address."""
+    """An opened foreign checkpoint: what it records, and its tensors by canonical address."""
 
     format: str
     config: ModelConfig
@@ -117,7 +117,7 @@ def load(
     return Loaded(definition, params, source.tokenizer(), tuple(report), str(path_or_model_name), mesh)
 
 
-def open_source(path_or_model_name: str | Path) -> Source:
+def open_source(path_or_model_name: str | Path) -> "Source | MaxkitSource":
     """Open what a name or path points to, by its own look, without reading tensors.
 
     Raises:
@@ -206,7 +206,7 @@ def resolve_scan_layers(stored: bool | None, explicit: bool | None, origin: str,
     return stored, f"scan_layers={stored} (loaded from the checkpoint)"
 
 
-def check_config(source: Source, given: ModelConfig | str | Path | None, where: object) -> None:
+def check_config(source: "Source | MaxkitSource", given: ModelConfig | str | Path | None, where: object) -> None:
     """Refuse a description that contradicts what the source records about itself."""
     if given is None:
         return
@@ -227,7 +227,7 @@ def _read_description(path: Path) -> ModelConfig:
     return read_config(path)
 
 
-def source_dtype(source: Source) -> str:
+def source_dtype(source: "Source | MaxkitSource") -> str:
     """The type most weights are stored in, as a weight type."""
     counts = dict(getattr(source, "dtypes", {}))
     name = max(counts, key=counts.__getitem__, default="float32")
@@ -235,7 +235,7 @@ def source_dtype(source: Source) -> str:
 
 
 def read_params(
-    source: Source,
+    source: "Source | MaxkitSource",
     definition: ModelDefinition,
     mesh: Mesh | None,
     *,
@@ -258,9 +258,10 @@ def read_params(
         keys = [parameter.path] if isinstance(source, MaxkitSource) else _addresses(parameter)
         (found if all(key in present for key in keys) else absent).append(parameter)
     _check_missing([p for p in absent if not p.trainable_adapter], missing, report)
-    unused = (
-        source.unused_keys() if not isinstance(source, MaxkitSource) else sorted(present - set(definition.parameters))
-    )
+    if isinstance(source, MaxkitSource):
+        unused = sorted(set(source.paths) - set(definition.parameters))
+    else:
+        unused = source.unused_keys()
     _check_unexpected(unused, unexpected, report)
     leaves: dict[str, jax.Array] = {}
     if isinstance(source, MaxkitSource):

@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
             tokens: [B, T] ids.
             positions: [B, T]; counted from 0, or from the cache's end, when None.
             cache: from `init_cache` or an earlier call; the T tokens are appended to it.
-            attention_mask: [B, T, S] bool, True where attention is allowed, besides causality; S is T or the cache size.
+            attention_mask: [B, T, S] bool, True where attention is allowed, besides causality; S is T, or the cache's.
             segment_ids: [B, T]; tokens see their own segment only, 0 is padding.
         """
         rows, length = tokens.shape

@@ -47,7 +47,7 @@ class Make:
     def __call__(
         self, name: str, shape: tuple[int, ...], letters: str, initializer: Initializer, kind: type = nnx.Param
     ) -> nnx.Param:
-        """A parameter [*shape], or [L, *shape] in a stack, whose letters then begin with L; they are kept as metadata."""
+        """A parameter [*shape], or [L, *shape] in a stack, whose letters begin with L; they are kept as metadata."""
         key = jax.random.fold_in(self.key, zlib.crc32(f"{self.path}/{name}".encode()))
         if self.layers is None:
             return kind(initializer(key, shape, self.dtype), letters=letters)

@@ -60,7 +60,7 @@ class StopRequest:
 
     @property
     def name(self) -> str | None:
-        """ "SIGTERM", "SIGINT", or None while nobody asked. With several hosts: as soon as any of them was asked."""
+        """Either "SIGTERM" or "SIGINT", None while nobody asked. With several hosts: as soon as any of them was asked."""
         asked = self.signal
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils

@@ -71,7 +71,7 @@ def compile_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     gradient_accumulation_steps: int = 1,
-) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """`train_step` under `jax.jit`, the state donated."""
     return jax.jit(
         train_step(definition, objective, optimizer, gradient_accumulation_steps), donate_argnames=("state",)
