@@ -37,17 +37,24 @@ class Blueprint:
     notes: tuple[str, ...]
 
 
-def blueprint(cfg: RecipeConfig, stored_scan_layers: bool | None = None, where: object = "") -> Blueprint:
+def blueprint(
+    cfg: RecipeConfig,
+    stored_scan_layers: bool | None = None,
+    where: object = "",
+    *,
+    config: ModelConfig | None = None,
+) -> Blueprint:
     """The pieces of the run that `cfg` describes.
 
     Args:
         stored_scan_layers: the layout in the run's own checkpoint at `where`: it wins over the source's.
+        config: the architecture, where it is known and there are no weights to find (a plan).
 
     Raises:
         UserError: unknown model, contradicting descriptions, an explicit `scan_layers` that is not the stored one,
             a sequence longer than the model allows.
     """
-    config, source, start = architecture(cfg)
+    config, source, start = architecture(cfg) if config is None else (config, None, None)
     stored, place = stored_scan_layers, where
     if stored is None and source is not None:
         stored, place = getattr(source, "scan_layers", None), start
