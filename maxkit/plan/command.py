@@ -35,12 +35,9 @@ def plan(recipe: str | RecipeConfig, topology: str, given: Mapping[str, Any] | N
     """
     topologies.check_name(topology)
     cfg = resolve(recipe, given=_as_keywords(given)) if isinstance(recipe, str) else recipe
-    request = {
-        "recipe": cfg.recipe,
-        "values": cfg.model_dump(mode="json"),
-        "explicit": cfg.explicit,
-        "topology": topology,
-    }
+    values = cfg.model_dump(mode="json")
+    given_there = {name: (values[name], origin) for name, origin in cfg.explicit.items()}
+    request = {"recipe": cfg.recipe, "given": given_there, "topology": topology}
     with topologies.one_compile_at_a_time() as lock:
         finished = subprocess.run(
             [_python_with_libtpu(), "-m", "maxkit.plan.compile"],

@@ -14,17 +14,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from maxkit import build
 from maxkit import mesh as meshes
-from maxkit.config import RecipeConfig, find_recipe
+from maxkit.config import RecipeConfig, resolve
 from maxkit.errors import UserError
 from maxkit.plan import hlo, topology
-from maxkit.plan.recipe import Parts, abstract_batch, abstract_state, device_bytes, parts
+from maxkit.plan.abstract import abstract_batch, abstract_state, blueprint, device_bytes
 from maxkit.plan.report import Memory, Plan
 from maxkit.train.metrics import model_flops_per_token, peak_flops_per_device
 from maxkit.train.step import compile_train_step
 
 
-def compile_plan(cfg: RecipeConfig, explicit: dict[str, str], topology_name: str) -> Plan:
+def compile_plan(cfg: RecipeConfig, topology_name: str) -> Plan:
     """Compile the step of `cfg` for a topology.
 
     Raises:
@@ -32,9 +33,9 @@ def compile_plan(cfg: RecipeConfig, explicit: dict[str, str], topology_name: str
     """
     devices = topology.devices(topology_name)
     mesh = meshes.make_mesh(cfg.mesh, devices)
-    made = parts(cfg, explicit)
+    made = blueprint(cfg)
     layout: dict[str, Any] = {p.path: (p.letters, p.shape) for p in made.definition.parameters.values()}
-    meshes.check_shards_something(layout, mesh)
+    build.check_mesh(cfg, made.definition, mesh)
     with jax.set_mesh(mesh):
         state, batch = abstract_state(made, mesh), abstract_batch(cfg, mesh)
         compiled, refusal, seconds = _compile(made, cfg, state, batch)
@@ -74,7 +75,7 @@ def compile_plan(cfg: RecipeConfig, explicit: dict[str, str], topology_name: str
 Outcome = tuple[Any, str | None, dict[str, float]]
 
 
-def _compile(made: Parts, cfg: RecipeConfig, state: Any, batch: Any) -> Outcome:
+def _compile(made: build.Blueprint, cfg: RecipeConfig, state: Any, batch: Any) -> Outcome:
     """The compiled step, or None and the compiler's refusal; and the seconds it took."""
     accumulate = cfg.gradient_accumulation_steps
     step: Any = compile_train_step(made.definition, made.objective, made.optimizer, accumulate)
@@ -111,7 +112,7 @@ def _need(compiled: Any, refusal: str | None, device: jax.Device) -> tuple[int |
     return used, topology.hbm_bytes(device)
 
 
-def _work(made: Parts, cfg: RecipeConfig, mesh: Mesh) -> tuple[float, float | None]:
+def _work(made: build.Blueprint, cfg: RecipeConfig, mesh: Mesh) -> tuple[float, float | None]:
     """FLOPs of an update and the seconds they take at least; the compiler's count sees a loop's body once."""
     lora, config = made.definition.lora, made.definition.config
     per_token = model_flops_per_token(config, cfg.seq_len, frozen_weights=lora is not None)
@@ -130,8 +131,9 @@ def main() -> int:
     request = json.load(sys.stdin)
     answer: dict[str, Any]
     try:
-        cfg = find_recipe(request["recipe"])(**request["values"])
-        answer = {"plan": compile_plan(cfg, request["explicit"], request["topology"]).to_dict()}
+        given = {name: tuple(pair) for name, pair in request["given"].items()}
+        cfg = resolve(request["recipe"], environ={}, given=given)
+        answer = {"plan": compile_plan(cfg, request["topology"]).to_dict()}
     except UserError as error:
         answer = {"refused": str(error)}
     print("\n" + json.dumps(answer))

@@ -8,8 +8,7 @@ from maxkit.plan.hlo import Collective
 
 GIB = 1 << 30
 FLOPS_FORMULA = (
-    "6 per weight and token, 4 for frozen ones, and attention over the keys that are seen; "
-    "recomputation is not counted"
+    "6 per weight and token, 4 for frozen ones, and attention over the keys that are seen; recomputation is not counted"
 )
 
 

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     import jax
 
 # Each was compiled for (tests/slow/test_plan_tpu.py); the compiler accepts others of the same kinds.
-KNOWN = tuple(
-    "v4:2x2x1 v5e:1x1 v5e:2x2 v5e:2x4 v5e:4x4 v5p:2x2x1 v5p:2x2x2 v6e:1x1 v6e:2x4 tpu7x:2x2x1".split()
-)
+KNOWN = tuple("v4:2x2x1 v5e:1x1 v5e:2x2 v5e:2x4 v5e:4x4 v5p:2x2x1 v5p:2x2x2 v6e:1x1 v6e:2x4 tpu7x:2x2x1".split())
 _NAME = re.compile(r"(v4|v5e|v5p|v6e|tpu7x):(\d+)x(\d+)(x\d+)?")
 # Set before libtpu is loaded: it then asks no metadata server, is silent, and does not insist on being alone.
 QUIET_ENVIRONMENT = {
