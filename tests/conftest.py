@@ -2,6 +2,7 @@
 """Every test carries the marker of its folder, and runs on the CPU unless told otherwise."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # for what several test files share: tiny_models.py, ...
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -128,8 +128,8 @@ def _losses(logits, lse, y, m, z_loss):
 
 
 def _sums(losses, length):
-    # Over [B, T] as it was before it was cut, and not fused with the undoing of the cut: then the order of the sum, hence
-    # its rounding, does not depend on the number of tiles.
+    # Over [B, T] as it was before it was cut, and not fused with the undoing of the cut: then the order of the
+    # sum, hence its rounding, does not depend on the number of tiles.
     nll, z = (jnp.sum(jax.lax.optimization_barrier(_untile(x, length))) for x in losses)
     return nll, z
 
