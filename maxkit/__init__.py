@@ -9,7 +9,6 @@ __getattr__, __dir__ = attach(
     __name__,
     {
         "load": "maxkit.checkpoint.load:load",
-        "save": "maxkit.checkpoint.export:save",
         "generate": "maxkit.infer.generate:generate",
         "bind": "maxkit.nb.bind:bind",
         "run": "maxkit.run",
