@@ -4,6 +4,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from maxkit import ops
@@ -14,11 +15,15 @@ from maxkit.models.rope import rotate
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What all blocks of one call share, computed once: rotations per RoPE base, masks per window, where to write."""
+    """What all blocks of one call share, computed once: rotations per RoPE base, masks per window, where to write.
+
+    layer: while layers are scanned, which one of the stacked caches is the block's, else None.
+    """
 
     rotations: dict[float, tuple[jax.Array, jax.Array]]
     masks: dict[int | None, jax.Array]
     end_index: jax.Array | None
+    layer: jax.Array | None = None
 
 
 class Attention(nnx.Module):
@@ -44,14 +49,34 @@ class Attention(nnx.Module):
         query, key, value = rotate(self.query(x), cos, sin), rotate(self.key(x), cos, sin), self.value(x)
         if cache is not None:
             cache = {
-                "k": write(cache["k"], key, context.end_index),
-                "v": write(cache["v"], value, context.end_index),
+                "k": write(cache["k"], key, context.end_index, context.layer),
+                "v": write(cache["v"], value, context.end_index, context.layer),
             }
-            key, value = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
+            key, value = (read(cache[name], context.layer).astype(x.dtype) for name in ("k", "v"))
         return self.out(ops.attention(query, key, value, context.masks[self.window], scale=self.scale)), cache
 
 
-def write(slots: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """The slots [B, S, ...] with new [B, T, ...] written from slot start [B] on, row by row."""
-    update = jax.vmap(lambda row, fresh, at: jax.lax.dynamic_update_slice_in_dim(row, fresh, at, axis=0))
-    return update(slots, new.astype(slots.dtype), start)
+def write(slots: jax.Array, new: jax.Array, start: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+    """Slots [B, S, ...] with new [B, T, ...] written from slot start [B] on, row by row.
+
+    With `layer`, slots are [L, B, S, ...] and that layer's are written: T tokens move, not the cache of a layer.
+    """
+    new = new.astype(slots.dtype)
+    if layer is None:
+        update = jax.vmap(lambda row, fresh, at: jax.lax.dynamic_update_slice_in_dim(row, fresh, at, axis=0))
+        return update(slots, new, start)
+    # What the vmap would make of it, but with rows on axis 1: vmap itself would transpose the whole stack.
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, new.ndim)),
+        inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0, 2),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    where = jnp.stack([jnp.zeros_like(start) + layer, start], axis=-1)  # (B, 2)
+    return jax.lax.scatter(slots, where, new, numbers, unique_indices=True, mode=jax.lax.GatherScatterMode.CLIP)
+
+
+def read(slots: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """The slots [B, S, ...] of one layer."""
+    return slots if layer is None else jax.lax.dynamic_index_in_dim(slots, layer, keepdims=False)

@@ -10,6 +10,8 @@
 Deliberately absent: losses (`objectives`), sampling (`infer`), foreign weight names (`formats`). Next: `definition.py`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -47,6 +49,7 @@ class Group(nnx.Module):
 
     def __init__(self, config: ModelConfig, execution: Execution, group: LayerGroup, make: Make):
         self.scan, self.remat_policy = execution.scan_layers, execution.remat_policy
+        self.repeats = group.repeats
         names = []
         for j, spec in enumerate(group.pattern):
             numbers = group.layer_numbers(j)
@@ -76,16 +79,18 @@ class Group(nnx.Module):
             return x, new if caches is not None else None, aux
         graphdef, state = nnx.split(blocks)
 
-        def body(x, layer):
-            state, caches = layer
+        def body(carry, layer):
+            # The caches are carried, not sliced and stacked again: a token writes itself, not the cache of its layer.
+            (x, caches), (state, number) = carry, layer
             new, stats = [], []
             for block, cache in zip(nnx.merge(graphdef, state), caches, strict=True):
-                x, cache, aux = block(x, context, cache)
+                x, cache, aux = block(x, dataclasses.replace(context, layer=number), cache)
                 new.append(cache)
                 stats.append(aux)
-            return x, (new, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats))
+            return (x, new), jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
 
-        x, (new, aux) = jax.lax.scan(self._remat(body), x, (state, given))
+        numbers = jnp.arange(self.repeats, dtype=jnp.int32)
+        (x, new), aux = jax.lax.scan(self._remat(body), (x, given), (state, numbers))
         aux = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)  # (repeats, P, ...) -> (L, ...)
         return x, new if caches is not None else None, aux
 
