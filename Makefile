@@ -7,7 +7,7 @@ VENV := .venv
 PIP_INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check --no-input -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs oracle plan bench lint
+.PHONY: help setup demo test docs oracle plan newest bench lint
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,15 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	@.venv-tpu/bin/python $(PIP_INSTALL) -e ".[tpu]"
 	@touch $@
 
+# The newest JAX needs a newer Python than the pins do.
+PYTHON_NEWEST ?= python3.13
+.venv-newest/.stamp: pyproject.toml
+	@[ -x .venv-newest/bin/python ] || $(PYTHON_NEWEST) -m venv .venv-newest
+	@echo "Installing the newest versions of everything into .venv-newest: some minutes, once"
+	@.venv-newest/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-input \
+		-e ".[notebooks]" pytest pytest-cov pytest-xdist hypothesis gguf
+	@touch $@
+
 # --- what people call -------------------------------------------------------------------------
 
 setup: $(VENV)/.stamp  ## make .venv and install everything but the TPU compiler and the oracles
@@ -69,6 +78,12 @@ oracle: .venv-oracle/.stamp  ## compare live with PyTorch, transformers and lm-e
 TOPOLOGY ?= v5e:2x2
 plan: .venv-tpu/.stamp  ## compile the SFT step for a TPU topology: TOPOLOGY=v5e:2x2
 	@JAX_PLATFORMS=cpu .venv-tpu/bin/maxkit plan sft --topology $(TOPOLOGY)
+
+SMOKE := tests/unit/test_decoder.py tests/unit/test_sharding.py tests/unit/test_optim.py tests/unit/test_store.py \
+	tests/unit/test_loader.py tests/unit/test_engine.py tests/unit/test_cross_entropy.py \
+	tests/notebooks/test_recipes.py::test_pretrain_resumes
+newest: .venv-newest/.stamp  ## the smoke tests on the newest versions of everything: PYTHON_NEWEST=python3.13
+	@.venv-newest/bin/python -m pytest -q -n 2 $(SMOKE)
 
 BENCHMARKS ?= benchmarks/train_step.py benchmarks/decode.py
 bench: $(VENV)/.stamp  ## measure a training step and decoding, one JSON line each

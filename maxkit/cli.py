@@ -103,6 +103,7 @@ def run_recipe(arguments: argparse.Namespace) -> int:
     if arguments.help or "help" in arguments.parameters:
         return _help_for(arguments)
     from maxkit.nb.bind import describe
+    from maxkit.nb.cards import checks_card
     from maxkit.nb.execute import Stopped, execute, prepare
 
     given = _pairs(arguments.parameters)
@@ -113,8 +114,8 @@ def run_recipe(arguments: argparse.Namespace) -> int:
         record = execute(run)
     except Stopped as stopped:
         return _refuse(stopped, stopped.exit_code)
-    checks = len(record["checks"])
-    print(f"{record['steps_this_run']} updates now, {record['steps_done']} in all; {checks} checks passed")
+    print(f"{record['steps_this_run']} updates now, {record['steps_done']} in all", end="\n\n")
+    print(checks_card(record["checks"]).text, end="\n\n")
     print(f"notebook   {run.output}\nrecord     {run.config.run_folder / 'report.json'}")
     return 0
 

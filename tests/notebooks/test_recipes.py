@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes themselves, executed by papermill as a user would, at a size for CI."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from maxkit.checkpoint.inspect import describe
+from maxkit.checkpoint.load import load
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"batch_size": 2, "seq_len": 64}
+TINY = {**SMALL, "num_layers": 2, "embed_dim": 32, "mlp_dim": 64}
+
+
+def papermill(recipe: str, run_dir: Path, **parameters) -> subprocess.CompletedProcess:
+    """`papermill recipes/X.ipynb` with -p for each parameter, exactly the command of the README."""
+    arguments = [
+        item for name, value in {"run_dir": run_dir, **parameters}.items() for item in ("-p", name, str(value))
+    ]
+    command = [sys.executable, "-m", "papermill", f"recipes/{recipe}.ipynb", f"{run_dir}.ipynb", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def report(run_dir: Path) -> dict:
+    return json.loads((run_dir / "report.json").read_text())
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sft_runs(tmp_path_factory) -> dict[str, Path]:
+    """SmolLM2 fine-tuned for three updates, unrolled and scanned."""
+    folder = tmp_path_factory.mktemp("sft")
+    runs = {}
+    for value in ("false", "true"):
+        done = papermill("sft", folder / value, scan_layers=value, steps=3, **SMALL)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs[value] = folder / value
+    return runs
+
+
+def test_scan_layers_false_is_false(sft_runs):
+    found = report(sft_runs["false"])
+    assert found["parameters"]["scan_layers"] is False
+    assert found["explicit"]["scan_layers"] == "papermill"
+    assert found["steps_done"] == found["steps_this_run"] == 3
+    assert all(check["passed"] for check in found["checks"]) and found["checks"]
+    assert report(sft_runs["true"])["parameters"]["scan_layers"] is True
+
+
+def test_checkpoints_have_the_layout_that_was_asked_for(sft_runs):
+    for value, prefix in (("false", "params/layers/layer_29/"), ("true", "params/layers/block_0/")):
+        manifest = json.loads((sft_runs[value] / "checkpoints/3/manifest/manifest.json").read_text())
+        assert any(path.startswith(prefix) for path in manifest["leaves"]), prefix
+        assert manifest["scan_layers"] is (value == "true")
+        assert describe(sft_runs[value])["scan_layers"] is (value == "true")
+    stacked = manifest["leaves"]["params/layers/block_0/attention/query/kernel"]
+    assert stacked["shape"] == [30, 576, 9, 64]
+
+
+def test_both_layouts_train_alike(sft_runs):
+    # float32, another order of additions in the compiled program: 1e-4 on losses near 3
+    assert losses(sft_runs["false"]) == pytest.approx(losses(sft_runs["true"]), abs=1e-4)
+    assert report(sft_runs["false"])["metrics"]["held_out/after"] == pytest.approx(
+        report(sft_runs["true"])["metrics"]["held_out/after"], abs=1e-3
+    )
+
+
+def test_a_finished_run_starts_again_in_no_updates(sft_runs):
+    done = papermill("sft", sft_runs["true"], scan_layers="true", steps=3, **SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = report(sft_runs["true"])
+    assert (again["steps_done"], again["steps_this_run"]) == (3, 0)
+
+
+def test_another_layout_in_the_same_folder_is_refused(sft_runs):
+    done = papermill("sft", sft_runs["true"], scan_layers="false", steps=3, **SMALL)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0
+    assert "scan_layers=False was given (papermill)" in last and "scan_layers=True" in last and "convert" in last
+
+
+def test_the_checkpoint_loads_without_flags(sft_runs):
+    loaded = load(sft_runs["false"])
+    assert loaded.config.num_layers == 30 and not loaded.definition.execution.scan_layers
+    assert loaded.tokenizer.encode("x\n\n7") == [104, 1116, 39]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "words"),
+    [("scan_layer", "false", "scan_layers"), ("steps", "many", "steps='many'"), ("mesh", "fsdp:3", "devices")],
+)
+def test_mistakes_end_in_one_clear_last_line(tmp_path, parameter, value, words):
+    done = papermill("pretrain", tmp_path / "run", **{parameter: value})
+    assert done.returncode != 0
+    assert words in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_lora_trains_a_sliver(tmp_path):
+    command = [sys.executable, "-m", "maxkit.cli", "run", "sft", "-p", "steps=2", "-p", "lora_rank=8"]
+    command += [item for name, value in SMALL.items() for item in ("-p", f"{name}={value}")]
+    command += ["-p", f"run_dir={tmp_path / 'run'}", "-p", "learning_rate=1e-3", "-o", str(tmp_path / "out.ipynb")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = report(tmp_path / "run")
+    assert found["explicit"]["lora_rank"] == "command line"
+    assert load(tmp_path / "run").definition.lora.rank == 8
+    cell = next(c for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if "describe_model" in c.source)
+    assert "2,442,240 of them trained" in cell.outputs[0]["data"]["text/plain"]
+
+
+def test_pretrain_resumes(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run_dir, steps in ((whole, 6), (parts, 6)):
+        extra = {"learning_rate_schedule": "constant", "checkpoint_period": 3}
+        if run_dir is parts:
+            assert papermill("pretrain", run_dir, steps=3, **extra, **TINY).returncode == 0
+        done = papermill("pretrain", run_dir, steps=steps, **extra, **TINY)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(whole) == losses(parts)
+    assert report(parts)["steps_this_run"] == 3
