@@ -121,17 +121,18 @@ def unsharded(letters_and_shapes: dict[str, tuple[str, Sequence[int]]], mesh: Me
 
 
 def check_shards_something(letters_and_shapes: dict[str, tuple[str, Sequence[int]]], mesh: Mesh) -> None:
-    """Refuse a mesh of which the model uses no axis.
+    """Refuse a mesh that divides no parameter, unless it only asks for copies of the model (all on `data`).
 
     Raises:
-        UserError: more than one device and not one parameter (nor the batch, over `data`) is divided.
+        UserError: more than one device outside `data`, and not one parameter is divided.
     """
-    if mesh.size == 1 or batch_ways(mesh) > 1:
+    if mesh.shape["data"] == mesh.size:
         return
     specs = (weight_spec(letters, shape, mesh) for letters, shape in letters_and_shapes.values())
     if not any(any(spec) for spec in specs):
         reasons = "; ".join(unsharded(letters_and_shapes, mesh)) or "no parameter has such a dimension"
-        raise UserError(f"mesh {describe(mesh)} shards nothing of this model: {reasons}; use mesh='' (all on fsdp)")
+        advice = "mesh='data:-1' (whole weights on every device)" if mesh.shape["fsdp"] > 1 else "mesh='' (all on fsdp)"
+        raise UserError(f"mesh {describe(mesh)} shards nothing of this model: {reasons}; use {advice}")
 
 
 def describe(mesh: Mesh) -> str:

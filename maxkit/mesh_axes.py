@@ -2,6 +2,7 @@
 """The mesh axes and their one-line notation, without JAX, so that a bad `mesh` is refused before anything starts."""
 
 import math
+import re
 
 from maxkit.errors import UserError, nearest
 
@@ -18,7 +19,7 @@ def parse_sizes(description: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in filter(None, (piece.strip() for piece in description.split(","))):
         name, colon, size = (piece.strip() for piece in part.partition(":"))
-        if not colon or not size.lstrip("-").isdigit():
+        if not colon or not re.fullmatch(r"-?[0-9]+", size):
             raise UserError(f"mesh={description!r}: {part!r} is not axis:size, as in 'fsdp:4,tensor:2'")
         if name not in AXES:
             raise UserError(f"mesh={description!r}: unknown axis {name!r}; {nearest(name, AXES)}")

@@ -49,8 +49,8 @@ def random_batch(config: ModelConfig, rows: int = 4, length: int = 16, seed: int
         cuts = sorted(draw.choice(np.arange(2, length), size=row % 3 + 1, replace=False))
         for number, (start, end) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True), start=1):
             segments[row, start:end], positions[row, start:end] = number, np.arange(end - start)
-            # Row 0 trains one token in ten, the last row all.
             mask[row, start : end - 1] = draw.random(end - 1 - start) < (row + 0.1) / (rows - 1)
+    mask[:, 0] = 1
     targets = np.where(segments > 0, np.roll(tokens, -1, axis=1), 0)
     columns = (tokens, targets, segments, positions)
     tokens, targets, segments, positions = (jnp.asarray(x, jnp.int32) for x in columns)
