@@ -29,8 +29,11 @@ def initialize() -> bool:
         missing = [name for name, value in given.items() if not value]
         if missing:
             raise UserError(f"several hosts: {', '.join(missing)} must be set too ({', '.join(EXPLICIT)})")
-        address, count, index = given.values()
-        _join(coordinator_address=address, num_processes=int(count), process_id=int(index))
+        address, *numbers = given.values()
+        for name, value in list(given.items())[1:]:
+            if not value.isdecimal():
+                raise UserError(f"several hosts: {name}={value!r} must be a number")
+        _join(coordinator_address=address, num_processes=int(numbers[0]), process_id=int(numbers[1]))
         return True
     if _cluster_of_several():
         _join()

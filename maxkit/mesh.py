@@ -99,6 +99,20 @@ def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     return NamedSharding(mesh, _spec("B" + "T" * (ndim - 1), [batch_ways(mesh)] * ndim, mesh, ACTIVATIONS))
 
 
+def process_rows(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): of every batch's rows this process holds the index-th of `count` equal parts.
+
+    Processes that an axis without rows (tensor) runs across hold the same rows.
+    """
+    parts: dict[int, set[int]] = {}
+    ways = batch_ways(mesh)
+    for device, (rows, *_) in batch_sharding(mesh, 1).devices_indices_map((ways,)).items():
+        parts.setdefault(device.process_index, set()).update(range(*rows.indices(ways)))
+    distinct = sorted({tuple(sorted(part)) for part in parts.values()})
+    assert sum(map(len, distinct)) == ways, "processes must hold the same rows or none in common"
+    return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, P())

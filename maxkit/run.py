@@ -98,6 +98,7 @@ class Run:
         self.primary = jax.process_index() == 0
         self.folder: Path = cfg.run_folder
         self.mesh: Mesh = meshes.make_mesh(cfg.mesh)
+        self._rows_index, self._rows_count = meshes.process_rows(self.mesh)
         self.store = CheckpointStore(
             self.folder / "checkpoints", max_to_keep=cfg.max_num_checkpoints_to_keep, best_metric=None
         )
@@ -118,6 +119,7 @@ class Run:
         self.data: ChatData | TextData | None = None
         self.state: TrainState | None = None
         self.history: list[dict[str, float]] = []
+        self.held_out: dict[int, float] = {}  # update -> held-out loss
         self.metrics: dict[str, float] = {}
         self.artifacts: list[Path] = []
         self.steps_done = self.resumed_from or 0
@@ -216,8 +218,8 @@ class Run:
             batch_size=cfg.batch_size,
             seed=cfg.seed,
             shuffle=cfg.shuffle,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self._rows_index,
+            process_count=self._rows_count,
         )
         if self.primary:
             self.tokenizer.save(self.folder / "tokenizer")
@@ -300,7 +302,9 @@ class Run:
             )
         set_iterator_state(self._iterator, found.iterator_state)
         if self.primary:
-            self.history = [row for row in read_metrics(self.folder) if row["step"] <= self.resumed_from]
+            rows = [row for row in read_metrics(self.folder) if row["step"] <= self.resumed_from]
+            self.history = [row for row in rows if "loss" in row]
+            self.held_out = {row["step"]: row["held_out/loss"] for row in rows if "held_out/loss" in row}
         return found.state
 
     # ------------------------------------------------------------ training
@@ -319,6 +323,12 @@ class Run:
             started = time.perf_counter()
             progress = nb.Progress(cfg.steps, done=self.steps_done, enabled=self.primary)
             on_metrics = self._metrics_hook(writer, progress)
+
+            def evaluate(step: int, state: TrainState) -> None:
+                if step < cfg.steps:  # the last one is the recipe's own
+                    self.held_out[step] = self.evaluate(params=self.definition.join(state.params, state.base)).loss
+                    writer.write(step, {"held_out/loss": self.held_out[step]})
+
             self.state, self.steps_done, reason = train_loop(
                 step,
                 self.state,
@@ -326,7 +336,7 @@ class Run:
                 done=self.steps_done,
                 total=cfg.steps,
                 on_metrics=on_metrics,
-                hooks=[Every(cfg.checkpoint_period, self._save)],
+                hooks=[Every(cfg.checkpoint_period, self._save), Every(cfg.eval_period, evaluate, at_end=False)],
                 stop=stop,
                 # A CPU computes while it dispatches: looking ahead would only blur the times of single updates.
                 lookahead=jax.devices()[0].platform != "cpu",
@@ -393,7 +403,7 @@ class Run:
         sharding = meshes.batch_sharding(self.mesh)
 
         def put(x: np.ndarray) -> jax.Array:
-            shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+            shape = (x.shape[0] * self._rows_count, *x.shape[1:])
             return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(x), shape)
 
         columns: dict[str, Any] = {name: put(rows[name]) for name in COLUMNS}
@@ -441,18 +451,19 @@ class Run:
             self.definition, self.params, self.tokenizer, tuple(self.report), str(self.folder), self.mesh
         )
 
-    def evaluate(self, rows: Rows | None = None) -> Evaluation:
-        """The held-out loss of the weights as they are now: the sum over all rows divided once."""
+    def evaluate(self, rows: Rows | None = None, params: Tree | None = None) -> Evaluation:
+        """The held-out loss of `params`, by default the weights as they are now: the sum over all rows divided once."""
+        params = self.params if params is None else params
         rows = rows if rows is not None else self.data.held_out
         ways = meshes.batch_ways(self.mesh)
         size = -(-min(self.cfg.batch_size, max(len(rows), 1)) // ways) * ways
         nll = tokens = 0.0
         with jax.set_mesh(self.mesh):
             for batch in eval_batches(
-                rows, batch_size=size, process_index=jax.process_index(), process_count=jax.process_count()
+                rows, batch_size=size, process_index=self._rows_index, process_count=self._rows_count
             ):
                 put = self._put(batch)
-                terms, _ = self._eval(self.params, put, None)
+                terms, _ = self._eval(params, put, None)
                 nll += float(terms["tokens"])
                 tokens += float(jnp.sum(put.loss_mask))
         return Evaluation(nll / max(tokens, 1.0), int(tokens))
@@ -467,7 +478,7 @@ class Run:
         held_out = self.evaluate()
         answers = tuple(self.generate(prompts, **options)) if prompts else ()
         found = Assessment(self.steps_done, held_out.loss, held_out.tokens, answers)
-        self.metrics[f"held_out/loss_at_{found.step}"] = found.loss
+        self.metrics[f"held_out/loss_at_{found.step}"] = self.held_out[found.step] = found.loss
         if self.primary:
             path = self.folder / f"assessment-{found.step}.json"
             nb.write_json(path, {**dataclasses.asdict(found), "prompts": _readable(prompts)})
@@ -481,7 +492,7 @@ class Run:
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept.pop("prompts") == _readable(prompts):
-                self.metrics["held_out/loss_at_0"] = kept["loss"]
+                self.metrics["held_out/loss_at_0"] = self.held_out[0] = kept["loss"]
                 return Assessment(**{**kept, "answers": tuple(kept["answers"])})
         trained, done = self.state, self.steps_done
         with jax.set_mesh(self.mesh):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from maxkit.types import Batch, TrainState
 
@@ -65,7 +66,8 @@ class StopRequest:
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            asked = int(multihost_utils.process_allgather(jax.numpy.int32(asked or 0)).max())
+            # A numpy value: a jax one would belong to all processes under the mesh in force, and be refused.
+            asked = int(multihost_utils.process_allgather(np.int32(asked or 0)).max())
         return signal.Signals(asked).name if asked else None
 
 
