@@ -111,9 +111,7 @@ class Engine:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
         if not 1 <= cache_size <= config.max_seq_len:
-            raise UserError(
-                f"cache_size={cache_size} must be from 1 to the model's max_seq_len={config.max_seq_len}"
-            )
+            raise UserError(f"cache_size={cache_size} must be from 1 to the model's max_seq_len={config.max_seq_len}")
         if wrong := [token for token in eos_ids if not 0 <= token < config.vocab_size]:
             raise UserError(f"eos_ids={wrong} are not in the vocabulary of {config.vocab_size} tokens")
         self.definition, self.params, self.mesh = definition, params, mesh
@@ -160,9 +158,7 @@ class Engine:
             limits = np.where(np.arange(rows) < len(group), max_new_tokens, 0).astype(np.int32)
             size = min(_bucket(int(lengths.max()) + max_new_tokens), self.cache_size)
             with self._mesh():
-                out = _generate_batch(
-                    self.definition, self.params, ids, lengths, how, limits, self.eos_ids, size
-                )
+                out = _generate_batch(self.definition, self.params, ids, lengths, how, limits, self.eos_ids, size)
             out_tokens, out_logps, counts, ended = (np.asarray(x)[: len(group)] for x in jax.device_get(out))
             tokens += [row[:n].tolist() for row, n in zip(out_tokens, counts, strict=True)]
             logps += [row[:n].copy() for row, n in zip(out_logps, counts, strict=True)]
@@ -338,9 +334,7 @@ def _insert(prefix, state, source):
             width[axis + 1] = (0, old.shape[axis + 1] - new.shape[axis + 1])
         rows = jnp.take(jnp.pad(new, width), jnp.maximum(source, 0), axis=axis)
         letters = "L" * axis + "BSKH"[: old.ndim - axis]
-        taken = jnp.broadcast_to(
-            (source >= 0).reshape((1,) * axis + (-1,) + (1,) * (old.ndim - axis - 1)), old.shape
-        )
+        taken = jnp.broadcast_to((source >= 0).reshape((1,) * axis + (-1,) + (1,) * (old.ndim - axis - 1)), old.shape)
         return jnp.where(meshes.constrain(taken, letters), meshes.constrain(rows, letters), old)
 
     layers = jax.tree.map(lambda new, old: put(new, old, stacked), prefix.cache.layers, state.cache.layers)
@@ -392,9 +386,7 @@ def _step(model: Decoder, state: DecodeState, eos_ids) -> DecodeState:
     stopped = state.stopped | (state.active & _is_stop(tokens, eos_ids))
     remaining = state.remaining - state.active
     return _settled(
-        DecodeState(
-            cache, tokens, logps, state.active & ~stopped & (remaining > 0), stopped, remaining, state.how
-        )
+        DecodeState(cache, tokens, logps, state.active & ~stopped & (remaining > 0), stopped, remaining, state.how)
     )
 
 

@@ -60,9 +60,7 @@ def generate(
         raise UserError("prompts must be a list; for one prompt write [prompt]")
     ids = [encode(tokenizer, prompt, number) for number, prompt in enumerate(prompts)]
     eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    engine = Engine(
-        loaded.definition, loaded.params, batch_size=BATCH_SIZE, eos_ids=eos_ids, mesh=loaded.mesh
-    )
+    engine = Engine(loaded.definition, loaded.params, batch_size=BATCH_SIZE, eos_ids=eos_ids, mesh=loaded.mesh)
     out = engine.generate_batch(
         ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
@@ -76,9 +74,7 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, number: int = 0) -> list[int]:
         UserError: empty text (naming `number`), or what `chat.render` refuses.
     """
     if isinstance(prompt, Mapping):
-        raise UserError(
-            f"prompt {number} is one message: a conversation is a list of messages, [[message, ...], ...]"
-        )
+        raise UserError(f"prompt {number} is one message: a conversation is a list of messages, [[message, ...], ...]")
     text = prompt if isinstance(prompt, str) else chat.render(tokenizer, prompt, add_generation_prompt=True)
     if not text:
         raise UserError(f"prompt {number} is empty: give at least one token to continue from")

@@ -92,9 +92,7 @@ def sequence_logps(
 def _score(definition, params, tokens, segments, temperature):
     tokens, segments = meshes.constrain(tokens, "BT"), meshes.constrain(segments, "BT")
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    return token_logps(
-        definition.merge(params), tokens, targets, segment_ids=segments, temperature=temperature
-    )
+    return token_logps(definition.merge(params), tokens, targets, segment_ids=segments, temperature=temperature)
 
 
 def _check(definition: ModelDefinition, sequences: Sequence[Sequence[int]], temperature: float) -> None:
@@ -103,9 +101,7 @@ def _check(definition: ModelDefinition, sequences: Sequence[Sequence[int]], temp
         raise UserError(f"temperature={temperature} must be a positive finite number to score with")
     for number, ids in enumerate(sequences):
         if not 1 <= len(ids) <= config.max_seq_len:
-            raise UserError(
-                f"sequence {number} has {len(ids)} tokens; allowed: 1 to max_seq_len={config.max_seq_len}"
-            )
+            raise UserError(f"sequence {number} has {len(ids)} tokens; allowed: 1 to max_seq_len={config.max_seq_len}")
         if not 0 <= min(ids) <= max(ids) < config.vocab_size:
             found = f"ids from {min(ids)} to {max(ids)}"
             raise UserError(f"sequence {number} has {found}; allowed: 0 to {config.vocab_size - 1}")
