@@ -33,7 +33,7 @@ REFUSED = {
 }
 # What may change between two runs of one folder without making it another experiment.
 NOT_PART_OF_THE_RUN_NAME = frozenset(
-    {"run_dir", "steps", "log_period", "checkpoint_period", "max_num_checkpoints_to_keep"}
+    {"run_dir", "steps", "log_period", "eval_period", "checkpoint_period", "max_num_checkpoints_to_keep"}
 )
 
 
@@ -80,12 +80,11 @@ class Sft(RecipeConfig):
 
     model: str = Field("smollm2-135m-instruct", description=TrainConfig.model_fields["model"].description)
     dataset: str = Field("chatterbot-all", description=DataConfig.model_fields["dataset"].description)
+    eval_period: int = Field(8, ge=0, description=TrainConfig.model_fields["eval_period"].description)
     steps: int = Field(24, ge=0, description=TrainConfig.model_fields["steps"].description)
     batch_size: int = Field(4, ge=1, description=TrainConfig.model_fields["batch_size"].description)
     learning_rate: float = Field(5e-5, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
-    lora_rank: int = Field(
-        0, ge=0, description="Rank of LoRA matrices beside frozen weights; 0 trains all weights."
-    )
+    lora_rank: int = Field(0, ge=0, description="Rank of LoRA matrices beside frozen weights; 0 trains all weights.")
     lora_alpha: float = Field(16.0, gt=0, description="LoRA's product is scaled by lora_alpha / lora_rank.")
 
     @field_validator("model")
@@ -104,10 +103,9 @@ class Sft(RecipeConfig):
 class Pretrain(RecipeConfig):
     """Pretraining of a small decoder from scratch on plain text."""
 
-    model: str = Field(
-        "", description="Model whose architecture is used; empty builds one from the sizes below."
-    )
+    model: str = Field("", description="Model whose architecture is used; empty builds one from the sizes below.")
     dataset: str = Field("shakespeare", description=DataConfig.model_fields["dataset"].description)
+    eval_period: int = Field(50, ge=0, description=TrainConfig.model_fields["eval_period"].description)
     steps: int = Field(300, ge=0, description=TrainConfig.model_fields["steps"].description)
     batch_size: int = Field(16, ge=1, description=TrainConfig.model_fields["batch_size"].description)
     learning_rate: float = Field(4e-3, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
@@ -128,9 +126,7 @@ class Pretrain(RecipeConfig):
                 "so that each head has an even width"
             )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}"
-            )
+            raise ValueError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
         return self
 
 
@@ -275,9 +271,7 @@ def _name_problem(kind: type[RecipeConfig], name: str, origin: str) -> str | Non
     return f"unknown parameter {shown} ({origin}): {nearest(name, kind.model_fields)}"
 
 
-def _converted(
-    kind: type[RecipeConfig], merged: Mapping[str, tuple[Any, str]]
-) -> tuple[dict[str, Any], list[str]]:
+def _converted(kind: type[RecipeConfig], merged: Mapping[str, tuple[Any, str]]) -> tuple[dict[str, Any], list[str]]:
     """Each value as its field's type, and a line for each that cannot be."""
     values, problems = {}, []
     for name, (value, origin) in merged.items():

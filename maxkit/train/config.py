@@ -39,13 +39,9 @@ class TrainConfig(BaseModel):
     scan_layers: bool | None = Field(None, description=SCAN_LAYERS)
     run_dir: str = Field("", description=RUN_DIR)
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial values, data order and sampling.")
-    steps: int = Field(
-        20, ge=0, description="Updates of the run in total; a resumed run does those that are missing."
-    )
+    steps: int = Field(20, ge=0, description="Updates of the run in total; a resumed run does those that are missing.")
     batch_size: int = Field(8, ge=1, description="Sequences per update over all hosts.")
-    gradient_accumulation_steps: int = Field(
-        1, ge=1, description="Parts into which an update's batch is split."
-    )
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Parts into which an update's batch is split.")
     mesh: str = Field(
         "", description="Devices per axis, as in fsdp:4,tensor:2; -1 once for the rest; empty is all on fsdp."
     )
@@ -58,6 +54,9 @@ class TrainConfig(BaseModel):
     )
     num_vocab_tiling: int = Field(
         4, ge=1, description="Pieces in which the loss walks over the tokens; more of them need less memory."
+    )
+    eval_period: int = Field(
+        0, ge=0, description="Updates between two evaluations on the held-out rows; 0: only before and after."
     )
     log_period: int = Field(1, ge=1, description="Updates between two rows of metrics.")
 
@@ -82,7 +81,5 @@ class CheckpointConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    checkpoint_period: int = Field(
-        100, ge=0, description="Updates between two saves; 0 saves only at the end."
-    )
+    checkpoint_period: int = Field(100, ge=0, description="Updates between two saves; 0 saves only at the end.")
     max_num_checkpoints_to_keep: int = Field(2, ge=1, description="Older checkpoints of the run are deleted.")
