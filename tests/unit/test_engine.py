@@ -346,24 +346,23 @@ from maxkit.models.definition import ModelDefinition
 
 config = ModelConfig.model_validate_json(sys.argv[1])
 prompts, out = json.loads(sys.argv[2]), {}
-for scan_layers in (True, False):
+for scan_layers, description in ((True, "fsdp:4,tensor:2"), (False, "fsdp:2,tensor:4")):
     definition = ModelDefinition(config, Execution(scan_layers=scan_layers))
-    for description in ("fsdp:4,tensor:2", ""):
-        mesh = make_mesh(description)
-        params = jax.tree.map(lambda x: 1.5 * x, definition.init(0, mesh))
-        decoder = Engine(definition, params, batch_size=4, cache_size=32, mesh=mesh)
-        greedy = decoder.generate_batch(prompts, max_new_tokens=12)
-        drawn = decoder.generate_batch(prompts, max_new_tokens=12, temperature=0.9, top_k=30, top_p=0.95, seed=3)
-        prefix = decoder.prefill(prompts[:2], max_new_tokens=12)
-        state = decoder.insert(prefix, decoder.init_state(), [2, 0])
-        slot = [int(prefix.tokens[0])]
-        for _ in range(11):
-            state, step = decoder.generate(state)
-            slot.append(int(np.asarray(step.tokens)[2]))
-        scored = sequence_logps(definition, params, prompts, mesh=mesh)
-        out[f"{scan_layers} {description}"] = [
-            greedy.tokens, [x.tolist() for x in greedy.logps], drawn.tokens, slot, [x.tolist() for x in scored]
-        ]
+    mesh = make_mesh(description)
+    params = jax.tree.map(lambda x: 1.5 * x, definition.init(0, mesh))
+    decoder = Engine(definition, params, batch_size=4, cache_size=32, mesh=mesh)
+    greedy = decoder.generate_batch(prompts, max_new_tokens=12)
+    drawn = decoder.generate_batch(prompts, max_new_tokens=12, temperature=0.9, top_k=30, top_p=0.95, seed=3)
+    prefix = decoder.prefill(prompts[:2], max_new_tokens=12)
+    state = decoder.insert(prefix, decoder.init_state(), [2, 0])
+    slot = [int(prefix.tokens[0])]
+    for _ in range(11):
+        state, step = decoder.generate(state)
+        slot.append(int(np.asarray(step.tokens)[2]))
+    scored = sequence_logps(definition, params, prompts, mesh=mesh)
+    out[f"{scan_layers} {description}"] = [
+        greedy.tokens, [x.tolist() for x in greedy.logps], drawn.tokens, slot, [x.tolist() for x in scored]
+    ]
 print(json.dumps(out))
 """
 
@@ -387,7 +386,7 @@ def test_eight_devices_equal_one():
     drawn = here.generate_batch(PROMPTS, max_new_tokens=12, temperature=0.9, top_k=30, top_p=0.95, seed=3)
     scored = sequence_logps(definition, params, PROMPTS)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 4
+    assert len(found) == 2
     for tokens, logps, drawn_tokens, slot, scores in found.values():
         assert tokens == greedy.tokens and drawn_tokens == drawn.tokens and slot == greedy.tokens[0]
         np.testing.assert_allclose(np.concatenate(logps), np.concatenate(greedy.logps), atol=1e-5)
