@@ -119,6 +119,7 @@ class Run:
         self.data: ChatData | TextData | None = None
         self.state: TrainState | None = None
         self.history: list[dict[str, float]] = []
+        self._loss: float | None = None  # of the latest update, logged or not
         self.held_out: dict[int, float] = {}  # update -> held-out loss
         self.metrics: dict[str, float] = {}
         self.artifacts: list[Path] = []
@@ -376,6 +377,7 @@ class Run:
         )
 
         def hook(step: int, metrics: dict[str, float], seconds: float) -> None:
+            self._loss = metrics["loss"]
             if not math.isfinite(metrics["loss"]):
                 raise UserError(
                     f"the loss of update {step} is {metrics['loss']}: lower learning_rate, or see the page on NaNs; "
@@ -410,7 +412,7 @@ class Run:
         return Batch(**columns)
 
     def _save(self, step: int, state: TrainState) -> None:
-        metrics = {"loss": self.history[-1]["loss"]} if self.history else {}
+        metrics = {} if self._loss is None else {"loss": self._loss}
         self.store.save(step, state, self._record(), self._iterator, metrics)
 
     def _record(self) -> RunRecord:

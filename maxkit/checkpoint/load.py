@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from maxkit import mesh as meshes
 from maxkit.checkpoint import inspect, manifest, restore, sources
 from maxkit.data.tokenizer import Tokenizer
-from maxkit.errors import UserError
+from maxkit.errors import UserError, nearest
 from maxkit.formats.gguf import GGUFReader
 from maxkit.formats.huggingface import HuggingFaceReader, read_config
 from maxkit.models.config import Execution, ModelConfig
@@ -31,6 +31,7 @@ from maxkit.models.lora import LoraConfig
 from maxkit.types import Tree
 
 Policy = Literal["error", "warn", "init"]
+WEIGHT_TYPES = ("float32", "bfloat16", "float16")
 
 
 class Source(Protocol):
@@ -92,8 +93,8 @@ def load(
 
     Args:
         config: how the source was made, where it does not say; must agree with what it does say.
-        scan_layers: stacked layers or one by one; None loads it from the checkpoint (sources without a layout: stacked).
-        dtype: cast the weights, "float32" | "bfloat16"; None keeps the stored type.
+        scan_layers: stacked layers or one by one; None loads it from the checkpoint (without a layout: stacked).
+        dtype: cast the weights, one of `WEIGHT_TYPES`; None keeps the stored type.
         mesh: where to put the weights: a mesh, its description, or None for the first device.
         missing: parameters that the source lacks: an error, zeros and a line in the report, or initial values.
         unexpected: tensors that the model does not use: an error, or a line in the report.
@@ -102,6 +103,8 @@ def load(
         UserError: no such model, a damaged or unsupported file, an explicit `scan_layers` that is not the stored one,
             missing, unexpected or misshapen tensors (all of them in one message).
     """
+    if dtype is not None and dtype not in WEIGHT_TYPES:
+        raise UserError(f"dtype={dtype!r}: {nearest(dtype, WEIGHT_TYPES)}")
     source = open_source(path_or_model_name)
     stored = getattr(source, "scan_layers", None)
     resolved, line = resolve_scan_layers(stored, scan_layers, "keyword", path_or_model_name)
@@ -231,7 +234,7 @@ def source_dtype(source: "Source | MaxkitSource") -> str:
     """The type most weights are stored in, as a weight type."""
     counts = dict(getattr(source, "dtypes", {}))
     name = max(counts, key=counts.__getitem__, default="float32")
-    return name if name in ("float32", "bfloat16", "float16") and source.format != "gguf" else "float32"
+    return name if name in WEIGHT_TYPES and source.format != "gguf" else "float32"
 
 
 def read_params(
