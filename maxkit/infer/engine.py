@@ -299,7 +299,10 @@ def _generate_batch(definition, params, ids, lengths, how, limits, eos_ids, cach
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill_rows(definition, params, ids, lengths, how, limits, eos_ids):
-    return _prefill(definition.merge(params), ids, lengths, how, limits, eos_ids, ids.shape[1])
+    state = _prefill(definition.merge(params), ids, lengths, how, limits, eos_ids, ids.shape[1])
+    # What the caller reads row by row must be whole on every device: an Explicit mesh refuses x[0] of sharded rows.
+    read = {name: meshes.replicate(getattr(state, name)) for name in ("tokens", "logps", "active", "stopped")}
+    return dataclasses.replace(state, **read)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -307,7 +310,7 @@ def _generate_step(definition, params, state, eos_ids):
     was_active = state.active
     state = _step(definition.merge(params), state, eos_ids)
     step = Step(state.tokens, state.logps, was_active, was_active & ~state.active, state.stopped)
-    return state, step
+    return state, jax.tree.map(meshes.replicate, step)  # read row by row, as in _prefill_rows
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -358,7 +358,7 @@ for scan_layers, description in ((True, "fsdp:4,tensor:2"), (False, "fsdp:2,tens
     slot = [int(prefix.tokens[0])]
     for _ in range(11):
         state, step = decoder.generate(state)
-        slot.append(int(np.asarray(step.tokens)[2]))
+        slot.append(int(step.tokens[2]))
     scored = sequence_logps(definition, params, prompts, mesh=mesh)
     out[f"{scan_layers} {description}"] = [
         greedy.tokens, [x.tolist() for x in greedy.logps], drawn.tokens, slot, [x.tolist() for x in scored]
