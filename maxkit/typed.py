@@ -61,9 +61,7 @@ def _bare(annotation: Any) -> Any:
 
 def _convert_union(value: Any, annotation: Any) -> Any:
     members = get_args(annotation)
-    if type(None) in members and (
-        value is None or (isinstance(value, str) and value.strip().lower() in NONE)
-    ):
+    if type(None) in members and (value is None or (isinstance(value, str) and value.strip().lower() in NONE)):
         return None
     for member in members:
         if type(value) is _bare(member):
@@ -83,11 +81,7 @@ def _convert_literal(value: Any, annotation: Any) -> Any:
     for choice in allowed:
         if type(choice) is type(text) and choice == text:
             return choice
-        if (
-            isinstance(text, str)
-            and not isinstance(choice, str)
-            and str(choice).lower() == text.strip().lower()
-        ):
+        if isinstance(text, str) and not isinstance(choice, str) and str(choice).lower() == text.strip().lower():
             return choice
     hint = nearest(str(text), map(str, allowed))
     raise ValueError(f"must be {type_name(annotation)}" + (f"; {hint}" if hint.startswith("did") else ""))
@@ -97,9 +91,7 @@ def _convert_sequence(value: Any, annotation: Any) -> Any:
     if isinstance(value, str):
         text = value.strip()
         value = (
-            _parse_json(text)
-            if text.startswith("[")
-            else [part for part in map(str.strip, text.split(",")) if part]
+            _parse_json(text) if text.startswith("[") else [part for part in map(str.strip, text.split(",")) if part]
         )
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"must be a {type_name(annotation)}")

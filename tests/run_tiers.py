@@ -70,9 +70,7 @@ def run_tier(tier: str, scratch: Path, workers: int) -> Result:
     if tier in PARALLEL and workers > 1:
         command += ["-n", str(workers), "--dist", "loadfile"]
     start = time.perf_counter()
-    code = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(measured / "coverage")}
-    ).returncode
+    code = subprocess.run(command, cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(measured / "coverage")}).returncode
     seconds = time.perf_counter() - start
     coverage = line_coverage(scratch / f"{tier}.coverage", sorted(measured.iterdir()))
     return Result(tier, code, seconds, *counts(junit), coverage)

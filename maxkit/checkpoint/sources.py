@@ -47,9 +47,7 @@ MODELS: dict[str, NamedFile | str] = {
         ),
     ),
     # The original bfloat16 weights; needs the hub.
-    "smollm2-135m-instruct-hub": (
-        "hf:HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac"
-    ),
+    "smollm2-135m-instruct-hub": ("hf:HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac"),
 }
 
 

@@ -92,9 +92,7 @@ def split_indices(count: int, holdout_fraction: float, seed: int) -> tuple[np.nd
     if not holdout_fraction:
         return np.arange(count), np.arange(0)
     if count < 2:
-        raise UserError(
-            f"holdout_fraction={holdout_fraction} needs 2 usable rows, there is {count}; set it to 0"
-        )
+        raise UserError(f"holdout_fraction={holdout_fraction} needs 2 usable rows, there is {count}; set it to 0")
     held_out = min(max(round(count * holdout_fraction), 1), count - 1)
     order = np.random.default_rng(seed).permutation(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
@@ -136,9 +134,7 @@ def _pack_chat(
             tell(conversation.row, f"{len(ids)} tokens{reason}", conversation.source)
 
     note(packed.too_long, lambda *row: report.reject_kept("too_long", *row), f", seq_len={cfg.seq_len}")
-    note(
-        packed.untrained, lambda *row: report.reject_kept("empty", *row), ", none of an answer within seq_len"
-    )
+    note(packed.untrained, lambda *row: report.reject_kept("empty", *row), ", none of an answer within seq_len")
     note(packed.truncated, report.truncate, f", cut at seq_len={cfg.seq_len}")
     unused = {*packed.too_long, *packed.untrained}
     used = [conversation for index, (conversation, _) in enumerate(encoded) if index not in unused]

@@ -36,9 +36,7 @@ def check_messages(messages: Sequence[Message], *, training: bool = False) -> No
         raise UserError("messages must be a non-empty list of {'role': ..., 'content': ...}")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise UserError(
-                f"message {number} is a {type(message).__name__}, not {{'role': ..., 'content': ...}}"
-            )
+            raise UserError(f"message {number} is a {type(message).__name__}, not {{'role': ..., 'content': ...}}")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"message {number} has role {role!r}; allowed: {', '.join(ROLES)}")
@@ -130,9 +128,7 @@ def _render_spans(tokenizer: Tokenizer, messages: Sequence[Message], prompt: boo
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template refuses this conversation: {str(error)[:200]}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the chat template fails on this conversation: {type(error).__name__}: {error}"
-        ) from None
+        raise UserError(f"the chat template fails on this conversation: {type(error).__name__}: {error}") from None
     return _take_marks(marked, compiled.mark)
 
 

@@ -29,7 +29,5 @@ class DataConfig(BaseModel):
         "drop",
         description="What happens to a chat example longer than seq_len; both are counted and reported.",
     )
-    deduplicate: bool = Field(
-        True, description="Drop exact repeats of a conversation, so that none is also held out."
-    )
+    deduplicate: bool = Field(True, description="Drop exact repeats of a conversation, so that none is also held out.")
     shuffle: bool = Field(True, description="Read the training rows in a new random order each epoch.")

@@ -40,9 +40,7 @@ CORPORA: dict[str, Corpus] = {
     "shakespeare": Corpus("text", "nine plays by Shakespeare, 1.2 MB", "public domain"),
     "pydoc": Corpus("text", "the help topics of the running Python, about 0.5 MB", "PSF-2.0"),
     # The 1,050 rows of tech_support are 10 conversations repeated, and row 14 of trivia is no list of turns.
-    "chatterbot": Corpus(
-        "chat", "technical support and trivia, 270 conversations", "BSD", ("tech_support", "trivia")
-    ),
+    "chatterbot": Corpus("chat", "technical support and trivia, 270 conversations", "BSD", ("tech_support", "trivia")),
     "chatterbot-all": Corpus("chat", "all English topics of chatterbot-corpus, 898 conversations", "BSD"),
 }
 

@@ -103,8 +103,6 @@ def _eval_batches(rows: Rows, batch_size: int, own: slice) -> Iterator[dict[str,
 def _check(rows: Rows, batch_size: int, process_index: int, process_count: int) -> None:
     assert 0 <= process_index < process_count, f"process {process_index} of {process_count}"
     if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
-        )
+        raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes")
     if not len(rows):
         raise UserError("the data set has no rows: see the row report for what was read and rejected")

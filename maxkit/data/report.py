@@ -64,10 +64,7 @@ class RowReport:
             if not (count := getattr(self, name)):
                 continue
             out.append(f"  {name}: {count}")
-            out += [
-                f"    {f'{e.source} ' if e.source else ''}row {e.row}: {e.reason}"
-                for e in self.examples[name]
-            ]
+            out += [f"    {f'{e.source} ' if e.source else ''}row {e.row}: {e.reason}" for e in self.examples[name]]
         return out
 
     def _note(self, name: str, example: RowExample) -> None:

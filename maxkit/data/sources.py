@@ -104,9 +104,7 @@ def to_messages(record: Any) -> list[Message]:
         messages = _exchange(_instruction(record), answer)
     else:
         keys = ", ".join(map(str, list(record)[:6])) or "none"
-        raise BadRow(
-            "malformed", f"no messages, prompt + completion or instruction + response; its keys: {keys}"
-        )
+        raise BadRow("malformed", f"no messages, prompt + completion or instruction + response; its keys: {keys}")
     return _checked_messages(messages)
 
 
@@ -136,22 +134,16 @@ def _checked_messages(messages: Any) -> list[Message]:
 
 def _checked_message(index: int, message: Any) -> Message:
     if not isinstance(message, Mapping):
-        raise BadRow(
-            "malformed", f"message {index} must have role and content, not be {type(message).__name__}"
-        )
+        raise BadRow("malformed", f"message {index} must have role and content, not be {type(message).__name__}")
     # Parquet fills keys that other rows have with None; only a value is something that would be lost.
     extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
     if extra:
-        raise BadRow(
-            "malformed", f"message {index} has {', '.join(map(str, extra))}: only role and content are read"
-        )
+        raise BadRow("malformed", f"message {index} has {', '.join(map(str, extra))}: only role and content are read")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise BadRow("malformed", f"message {index} has role {role!r}: allowed are {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise BadRow(
-            "malformed", f"the content of message {index} must be text, not {type(content).__name__}"
-        )
+        raise BadRow("malformed", f"the content of message {index} must be text, not {type(content).__name__}")
     if not content.strip() and role != "system":  # an empty system turn switches a template's default one off
         raise BadRow("empty", f"message {index} ({role}) has no text")
     return {"role": role, "content": content}
@@ -211,9 +203,7 @@ def _path_rows(dataset: str, kind: str) -> Iterator[_Raw]:
         if path.suffix not in SUFFIXES:
             raise UserError(f"dataset={dataset} ends in {path.suffix!r}; readable are {', '.join(SUFFIXES)}")
         if path.suffix == ".txt" and kind == "chat":
-            raise UserError(
-                f"{path} is plain text without conversations; this run needs .jsonl or .parquet rows"
-            )
+            raise UserError(f"{path} is plain text without conversations; this run needs .jsonl or .parquet rows")
         try:
             yield from _READERS[path.suffix](path)
         except OSError as error:
@@ -223,9 +213,7 @@ def _path_rows(dataset: str, kind: str) -> Iterator[_Raw]:
 def _jsonl_rows(path: Path) -> Iterator[_Raw]:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            yield _Raw(
-                path.name, number, _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-            )
+            yield _Raw(path.name, number, _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line))
 
 
 def _parsed(line: bytes) -> Any:
@@ -254,9 +242,7 @@ def _parquet_rows(path: Path) -> Iterator[_Raw]:
                 number += 1
                 yield _Raw(path.name, number, value)
     except pa.ArrowException as error:
-        raise UserError(
-            f"{path} is not a readable Parquet file after row {number}: {_first_line(error)}"
-        ) from error
+        raise UserError(f"{path} is not a readable Parquet file after row {number}: {_first_line(error)}") from error
 
 
 def _txt_rows(path: Path) -> Iterator[_Raw]:
@@ -299,9 +285,7 @@ def _synthetic(kind: str, seed: int) -> Iterator[_Raw]:
     nouns, verbs = ("cat", "dog", "king", "queen", "ship", "storm"), ("sees", "follows", "fears", "finds")
     for number in range(1, SYNTHETIC_ROWS + 1):
         one, two, verb = rng.integers(6, size=8), rng.integers(6, size=8), rng.integers(4, size=8)
-        text = " ".join(
-            f"the {nouns[i]} {verbs[j]} the {nouns[k]} ." for i, j, k in zip(one, verb, two, strict=True)
-        )
+        text = " ".join(f"the {nouns[i]} {verbs[j]} the {nouns[k]} ." for i, j, k in zip(one, verb, two, strict=True))
         yield _Raw("synthetic", number, {"text": text})
 
 

@@ -148,9 +148,7 @@ class Tokenizer:
         """
         kind = metadata.get("tokenizer.ggml.model")
         if kind != "gpt2":
-            raise UserError(
-                f"GGUF metadata tokenizer.ggml.model={kind!r}: only 'gpt2' (byte-level BPE) is read"
-            )
+            raise UserError(f"GGUF metadata tokenizer.ggml.model={kind!r}: only 'gpt2' (byte-level BPE) is read")
         pre = metadata.get("tokenizer.ggml.pre", "default")
         if pre not in _PRE_TOKENIZERS:
             known = ", ".join(_PRE_TOKENIZERS)
@@ -228,9 +226,7 @@ def _added_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> list[AddedT
     if types is None:
         return []
     if len(types) != len(tokens):
-        raise UserError(
-            f"GGUF metadata tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens"
-        )
+        raise UserError(f"GGUF metadata tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
     return [
         AddedToken(text, special=int(kind) == 3, normalized=False)
         for text, kind in zip(tokens, types, strict=True)

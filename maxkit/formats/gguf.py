@@ -297,21 +297,15 @@ class GGUFReader:
         self.dtypes = dict(Counter(info.type for info in self.file.tensors.values()))
         for key, rearrangement in self._table.entries.values():
             if key not in self.file.tensors:
-                raise UserError(
-                    f"{path}: tensor {key!r} is missing; the file is incomplete or not of this family"
-                )
+                raise UserError(f"{path}: tensor {key!r} is missing; the file is incomplete or not of this family")
             stored = self.file.tensors[key].shape
             if stored != rearrangement.foreign_shape:
                 wanted = list(rearrangement.foreign_shape)
-                raise UserError(
-                    f"{path}: tensor {key!r} has shape {list(stored)}, the metadata says {wanted}"
-                )
+                raise UserError(f"{path}: tensor {key!r} has shape {list(stored)}, the metadata says {wanted}")
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer in the metadata, None if there is none. Raises UserError for an unknown kind."""
-        return (
-            Tokenizer.from_gguf(self.file.metadata) if "tokenizer.ggml.model" in self.file.metadata else None
-        )
+        return Tokenizer.from_gguf(self.file.metadata) if "tokenizer.ggml.model" in self.file.metadata else None
 
     def addresses(self) -> list[Address]:
         """Every (canonical path, layer number or None), in file order."""
@@ -354,8 +348,7 @@ class _Settings:
         families = [family for family, known in TABLES if known == "gguf"]
         if self.family not in families:
             raise UserError(
-                f"{file.path}: general.architecture={self.family!r} is not supported; "
-                f"known: {', '.join(families)}"
+                f"{file.path}: general.architecture={self.family!r} is not supported; known: {', '.join(families)}"
             )
 
     def fail(self, key: str, problem: str) -> UserError:
@@ -382,9 +375,7 @@ class _Settings:
             if self.number(key, head_dim) != head_dim:
                 raise self.fail(key, f"differs from the head width {head_dim}, which is not supported")
         if "token_embd.weight" not in tensors:
-            raise UserError(
-                f"{self.file.path}: tensor 'token_embd.weight' is missing; is this a vocabulary-only file?"
-            )
+            raise UserError(f"{self.file.path}: tensor 'token_embd.weight' is missing; is this a vocabulary-only file?")
         if self.number("block_count") > len(tensors):
             raise self.fail("block_count", f"is more than the {len(tensors)} tensors of the file")
         try:
@@ -442,9 +433,7 @@ class _Settings:
         ramp = np.clip((8192 / wavelength - 1.0) / 3.0, 0.0, 1.0)  # 0: divided by the factor, 1: left alone
         expected = 1.0 / ((1 - ramp) / scaling.factor + ramp)
         if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
-            raise UserError(
-                f"{self.file.path}: tensor {_ROPE_FACTORS!r} is no Llama 3 scaling that is known here"
-            )
+            raise UserError(f"{self.file.path}: tensor {_ROPE_FACTORS!r} is no Llama 3 scaling that is known here")
         return scaling
 
 

@@ -80,23 +80,17 @@ class HuggingFaceReader:
         self.config = read_config(self.path / "config.json")
         self._files = self._open()
         if self.config.num_layers > len(self._files):
-            raise UserError(
-                f"{path}: config.json says {self.config.num_layers} layers for {len(self._files)} tensors"
-            )
+            raise UserError(f"{path}: config.json says {self.config.num_layers} layers for {len(self._files)} tensors")
         self._table: Table = find_table(self.config, self.format)
         names = {short: long for long, short in DTYPE_NAMES.items()}
         stored = [file.entries[key].dtype for key, file in self._files.items()]
         self.dtypes = dict(Counter(names.get(dtype, dtype) for dtype in stored))
         for key, rearrangement in self._table.entries.values():
             if key not in self._files:
-                raise UserError(
-                    f"{path}: tensor {key!r} is missing; the folder is incomplete or not of this family"
-                )
+                raise UserError(f"{path}: tensor {key!r} is missing; the folder is incomplete or not of this family")
             shape, wanted = self._files[key].entries[key].shape, rearrangement.foreign_shape
             if shape != wanted:
-                raise UserError(
-                    f"{path}: tensor {key!r} has shape {list(shape)}, config.json says {list(wanted)}"
-                )
+                raise UserError(f"{path}: tensor {key!r} has shape {list(shape)}, config.json says {list(wanted)}")
 
     def _open(self) -> dict[str, SafetensorsFile]:
         """Every tensor name of the folder, with the file that holds it."""
@@ -106,9 +100,7 @@ class HuggingFaceReader:
         elif index.is_file():
             names = _shard_names(index)
         else:
-            raise UserError(
-                f"{self.path}: no model.safetensors and no model.safetensors.index.json (.bin is not read)"
-            )
+            raise UserError(f"{self.path}: no model.safetensors and no model.safetensors.index.json (.bin is not read)")
         found: dict[str, SafetensorsFile] = {}
         for name in names:
             file = SafetensorsFile(self.path / name)
@@ -143,18 +135,12 @@ class HuggingFaceReader:
 
 def _shard_names(index: Path) -> list[str]:
     placed = _read_object(index).get("weight_map")
-    if (
-        not isinstance(placed, dict)
-        or not placed
-        or not all(isinstance(name, str) for name in placed.values())
-    ):
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise UserError(f"{index}: weight_map is missing or not a table of file names")
     names = sorted(set(placed.values()))
     for name in names:
         if name != Path(name).name or not name.endswith(".safetensors"):
-            raise UserError(
-                f"{index}: {name[:80]!r} is not the name of a safetensors file in the same folder"
-            )
+            raise UserError(f"{index}: {name[:80]!r} is not the name of a safetensors file in the same folder")
     return names
 
 
@@ -184,9 +170,7 @@ def read_config(path: str | Path) -> ModelConfig:
             raise UserError(f"{path}: {key}={str(raw[key])[:80]} is not supported for {family}")
     activation = str(raw.get("hidden_act") or "silu")
     if activation not in _ACTIVATIONS:
-        raise UserError(
-            f"{path}: hidden_act={activation!r} is not supported: {nearest(activation, _ACTIVATIONS)}"
-        )
+        raise UserError(f"{path}: hidden_act={activation!r} is not supported: {nearest(activation, _ACTIVATIONS)}")
     heads = _number(raw, "num_attention_heads", path, 32)
     embed_dim = _number(raw, "hidden_size", path, 4096)
     bias = _flag(raw, "attention_bias", path)
@@ -214,9 +198,7 @@ def read_config(path: str | Path) -> ModelConfig:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(
-            f"{path}: describes no possible model: {' '.join(str(error).splitlines()[1:3])}"
-        ) from None
+        raise UserError(f"{path}: describes no possible model: {' '.join(str(error).splitlines()[1:3])}") from None
 
 
 def _family(raw: dict[str, Any], path: Path) -> str:
@@ -228,9 +210,7 @@ def _family(raw: dict[str, Any], path: Path) -> str:
         architecture = raw.get("model_type")
         found = _MODEL_TYPES.get(str(architecture))
     if found is None:
-        raise UserError(
-            f"{path}: architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}"
-        )
+        raise UserError(f"{path}: architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}")
     if raw.get("auto_map"):
         raise UserError(f"{path}: auto_map names code of its own, so what the model computes cannot be known")
     return found
@@ -266,13 +246,9 @@ def _rope(raw: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
     theta = _number(given if "rope_theta" in given else raw, "rope_theta", path, 10000.0, float)
     kind = str(given.get("rope_type", given.get("type", "default")))
     if kind not in _ROPE_KEYS:
-        raise UserError(
-            f"{path}: {name}.rope_type={kind[:60]!r} is not supported: {nearest(kind, _ROPE_KEYS)}"
-        )
+        raise UserError(f"{path}: {name}.rope_type={kind[:60]!r} is not supported: {nearest(kind, _ROPE_KEYS)}")
     if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"{path}: {name}.partial_rotary_factor={given['partial_rotary_factor']} is not supported"
-        )
+        raise UserError(f"{path}: {name}.partial_rotary_factor={given['partial_rotary_factor']} is not supported")
     known = _ROPE_KEYS[kind]
     unknown = set(given) - set(known) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if unknown:
@@ -299,9 +275,7 @@ def config_json(config: ModelConfig, tokenizer: Tokenizer | None, dtype: str) ->
     if config.attention_bias != config.attention_out_bias:
         raise UserError("a Hugging Face llama model has biases on all attention projections or on none")
     if any(block.sliding_window or block.rope_theta for block in config.pattern):
-        raise UserError(
-            "a Hugging Face llama model cannot have blocks with a sliding window or their own rope_theta"
-        )
+        raise UserError("a Hugging Face llama model cannot have blocks with a sliding window or their own rope_theta")
     architecture = {family: name for name, family in ARCHITECTURES.items()}[config.family]
     rope = {"rope_type": "default"}
     if config.rope_scaling is not None:
@@ -312,9 +286,7 @@ def config_json(config: ModelConfig, tokenizer: Tokenizer | None, dtype: str) ->
                 values["original_max_position_embeddings"] or config.max_seq_len
             )
         elif config.rope_scaling.original_max_seq_len not in (None, config.max_seq_len):
-            raise UserError(
-                f"a Hugging Face model with {kind} RoPE has no original length besides max_seq_len"
-            )
+            raise UserError(f"a Hugging Face model with {kind} RoPE has no original length besides max_seq_len")
         rope = {"rope_type": kind} | {key: value for key, value in values.items() if value is not None}
     return {
         "architectures": [architecture],
@@ -373,15 +345,11 @@ def write_huggingface(
         directory.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
             if (directory / name).exists():
-                raise UserError(
-                    f"{directory} already holds a model ({name}): choose another folder or remove it first"
-                )
+                raise UserError(f"{directory} already holds a model ({name}): choose another folder or remove it first")
         shards = _plan(table, target, shard_bytes)
         for name, shapes in shards.items():
             writers.append(SafetensorsWriter(directory / name, shapes, target))
-        _write_leaves(
-            taken, table, {key: writer for writer in writers for key in shards[writer.path.name]}, dtype
-        )
+        _write_leaves(taken, table, {key: writer for writer in writers for key in shards[writer.path.name]}, dtype)
         for writer in writers:
             writer.finish()
         _write_companions(directory, shards, target, tokenizer)
@@ -435,9 +403,7 @@ def _plan(table: Table, dtype: np.dtype, shard_bytes: int) -> dict[str, dict[str
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_leaves(
-    leaves: _Leaves, table: Table, writers: dict[str, SafetensorsWriter], dtype: str | None
-) -> None:
+def _write_leaves(leaves: _Leaves, table: Table, writers: dict[str, SafetensorsWriter], dtype: str | None) -> None:
     written = set()
     for path, layer, array in leaves:
         key, rearrangement = table[path, layer]
@@ -446,9 +412,7 @@ def _write_leaves(
         array = np.asarray(array)
         if array.shape != rearrangement.canonical_shape:
             wanted = list(rearrangement.canonical_shape)
-            raise UserError(
-                f"tensor {path!r} (layer {layer}) has shape {list(array.shape)}, the config says {wanted}"
-            )
+            raise UserError(f"tensor {path!r} (layer {layer}) has shape {list(array.shape)}, the config says {wanted}")
         if dtype is None and array.dtype != writers[key].dtype:
             raise UserError(
                 f"tensor {path!r} is {array.dtype.name}, others are {writers[key].dtype.name}: give a dtype"
@@ -458,22 +422,16 @@ def _write_leaves(
     missing = [address for address, (key, _) in table.entries.items() if key not in written]
     if missing:
         names = ", ".join(path if layer is None else f"{path} (layer {layer})" for path, layer in missing[:5])
-        raise UserError(
-            f"{len(missing)} tensors of the model were not given: {names}{', ...' if missing[5:] else ''}"
-        )
+        raise UserError(f"{len(missing)} tensors of the model were not given: {names}{', ...' if missing[5:] else ''}")
 
 
 def _write_companions(directory: Path, shards: dict, dtype: np.dtype, tokenizer: Tokenizer | None) -> None:
     if len(shards) > 1:
-        elements = sum(
-            int(np.prod(shape, dtype=np.int64)) for shapes in shards.values() for shape in shapes.values()
-        )
+        elements = sum(int(np.prod(shape, dtype=np.int64)) for shapes in shards.values() for shape in shapes.values())
         placed = {key: name for name, shapes in shards.items() for key in shapes}
         index = {"metadata": {"total_size": elements * dtype.itemsize}, "weight_map": placed}
         _write_object(directory / "model.safetensors.index.json", index)
-    _write_object(
-        directory / "generation_config.json", {"_from_model_config": True, **_special_ids(tokenizer)}
-    )
+    _write_object(directory / "generation_config.json", {"_from_model_config": True, **_special_ids(tokenizer)})
     if tokenizer is not None:
         tokenizer.save(directory)
 

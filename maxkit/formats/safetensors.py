@@ -57,9 +57,7 @@ class SafetensorsFile:
         self._refuse_overlap()
 
     def _fail(self, problem: str) -> UserError:
-        return UserError(
-            f"{self.path}: not a valid safetensors file: {problem}. Fetch or write the file again"
-        )
+        return UserError(f"{self.path}: not a valid safetensors file: {problem}. Fetch or write the file again")
 
     def _header(self) -> tuple[dict[str, Any], int]:
         size = len(self._data)
@@ -84,9 +82,7 @@ class SafetensorsFile:
             raise self._fail(f"tensor {name[:80]!r} has an impossible shape, dtype or place")
         width = _DTYPES[dtype].itemsize if dtype in _DTYPES else _OTHER_BYTES.get(dtype)
         if width is not None and last - first != math.prod(shape) * width:
-            raise self._fail(
-                f"tensor {name[:80]!r}: {dtype} {list(shape)} does not fill bytes {first} to {last}"
-            )
+            raise self._fail(f"tensor {name[:80]!r}: {dtype} {list(shape)} does not fill bytes {first} to {last}")
         if last < first or begin + last > len(self._data):
             raise self._fail(f"tensor {name[:80]!r} ends behind the end of the file")
         return Entry(dtype, shape, begin + first, last - first)
@@ -116,9 +112,7 @@ class SafetensorsWriter:
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> None:
         self.path, self.dtype, self._places = path, dtype, {}
         self._partial = path.with_name(path.name + f".partial-{os.getpid()}")
-        header: dict[str, Any] = {
-            "__metadata__": {"format": "pt"}
-        }  # transformers refuses a file without this
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without this
         end = 0
         for name, shape in shapes.items():
             start, end = end, end + math.prod(shape) * dtype.itemsize

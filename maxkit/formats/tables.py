@@ -210,7 +210,5 @@ def find_table(config: ModelConfig, format: str) -> Table:
     """The table of a config's family in a format ("hf" or "gguf"). Raises UserError if there is none."""
     families = [family for family, known in TABLES if known == format]
     if (config.family, format) not in TABLES:
-        raise UserError(
-            f"family {config.family!r} cannot be stored as {format}: known are {', '.join(families)}"
-        )
+        raise UserError(f"family {config.family!r} cannot be stored as {format}: known are {', '.join(families)}")
     return Table(TABLES[config.family, format], config)

@@ -301,7 +301,9 @@ def _generate_batch(definition, params, ids, lengths, how, limits, eos_ids, cach
 def _prefill_rows(definition, params, ids, lengths, how, limits, eos_ids):
     state = _prefill(definition.merge(params), ids, lengths, how, limits, eos_ids, ids.shape[1])
     # What the caller reads row by row must be whole on every device: an Explicit mesh refuses x[0] of sharded rows.
-    read = {name: meshes.replicate(getattr(state, name)) for name in ("tokens", "logps", "active", "stopped")}
+    read: dict[str, Any] = {
+        name: meshes.replicate(getattr(state, name)) for name in ("tokens", "logps", "active", "stopped")
+    }
     return dataclasses.replace(state, **read)
 
 
@@ -406,6 +408,6 @@ def _settled(state: DecodeState) -> DecodeState:
     """Every array in the layout of its letters, so that a state is a valid loop carry under a mesh."""
     stacked = _stacked(state.cache)
     layers = jax.tree.map(lambda x: meshes.constrain(x, "L" * stacked + "BSKH"), state.cache.layers)
-    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=()))
+    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers={}))
     state = jax.tree.map(lambda x: meshes.constrain(x, "BS"[: x.ndim]), state)
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))

@@ -21,11 +21,25 @@ Prompt = str | Sequence[chat.Message]
 class HasWeights(Protocol):
     """What generation needs of a loaded model."""
 
-    definition: ModelDefinition
-    params: Tree
-    tokenizer: Tokenizer | None
-    source: str
-    mesh: Mesh | None
+    @property
+    def definition(self) -> ModelDefinition:
+        """The model's structure."""
+
+    @property
+    def params(self) -> Tree:
+        """Its weights."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where the source had none."""
+
+    @property
+    def source(self) -> str:
+        """Where it came from, for messages."""
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Where the weights lie."""
 
 
 def generate(

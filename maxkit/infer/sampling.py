@@ -25,11 +25,11 @@ class Controls:
     seed uint32 and request uint32: the two numbers that, with the position, make the key of a draw.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    seed: jax.Array
-    request: jax.Array
+    temperature: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    seed: jax.Array | np.ndarray
+    request: jax.Array | np.ndarray
 
 
 def controls(
@@ -97,7 +97,7 @@ def sample(logits: jax.Array, how: Controls, positions: jax.Array) -> tuple[jax.
     return tokens, picked - jax.nn.logsumexp(scaled, axis=-1)
 
 
-def keep(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def keep(scaled: jax.Array, top_k: jax.Array | np.ndarray, top_p: jax.Array | np.ndarray) -> jax.Array:
     """`scaled` [B, V] with -inf for every token outside the row's top_k [B] and top_p [B].
 
     top_k tokens of the largest logits stay (0: all), of these the fewest whose probabilities, renormalised

@@ -38,9 +38,7 @@ def bind(
     given, problems = cell_parameters(kind, executed_cells(), _handed_over(os.environ))
     for name, value in {**(parameters or {}), **keywords}.items():
         if name in given and given[name][1] not in ("notebook", "file", "environment"):
-            problems.append(
-                f"{name} is given twice: {given[name][0]!r} ({given[name][1]}) and {value!r} (keyword)"
-            )
+            problems.append(f"{name} is given twice: {given[name][0]!r} ({given[name][1]}) and {value!r} (keyword)")
         given[name] = (value, "keyword")
     config = resolve(kind, given=given, problems=problems)
     _display(describe(config))
@@ -92,16 +90,12 @@ def read_cell(source: str) -> tuple[list[tuple[str, Any]], list[str]]:
     for statement in body:
         target, value = _assignment(statement)
         if target is None:
-            problems.append(
-                f"the parameters cell holds only NAME = VALUE lines, not {ast.unparse(statement)!r}"
-            )
+            problems.append(f"the parameters cell holds only NAME = VALUE lines, not {ast.unparse(statement)!r}")
             continue
         try:
             assignments.append((target, _literal(value)))
         except ValueError:
-            problems.append(
-                f"{target} in the parameters cell must be a plain value, not {ast.unparse(value)!r}"
-            )
+            problems.append(f"{target} in the parameters cell must be a plain value, not {ast.unparse(value)!r}")
     return assignments, problems
 
 
@@ -121,17 +115,9 @@ def describe(config: RecipeConfig) -> Card:
 
 
 def _assignment(statement: ast.stmt) -> tuple[str | None, ast.expr]:
-    if (
-        isinstance(statement, ast.Assign)
-        and len(statement.targets) == 1
-        and isinstance(statement.targets[0], ast.Name)
-    ):
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
         return statement.targets[0].id, statement.value
-    if (
-        isinstance(statement, ast.AnnAssign)
-        and isinstance(statement.target, ast.Name)
-        and statement.value is not None
-    ):
+    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value is not None:
         return statement.target.id, statement.value
     return None, ast.Constant(None)
 

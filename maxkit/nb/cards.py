@@ -47,22 +47,16 @@ def table(
         and all(_is_number(row.get(n)) or row.get(n) is None for row in rows)
         for n in names
     ]
-    return Card(
-        _table_html(names, cells, right, title, caption), _table_text(names, cells, right, title, caption)
-    )
+    return Card(_table_html(names, cells, right, title, caption), _table_text(names, cells, right, title, caption))
 
 
-def hardware_card(
-    facts: Mapping[str, Any], *, title: str = "This machine", notes: Sequence[str] = ()
-) -> Card:
+def hardware_card(facts: Mapping[str, Any], *, title: str = "This machine", notes: Sequence[str] = ()) -> Card:
     """A card of `facts` in their order, for example platform, devices, memory, mesh, dtype, estimated time.
 
     A value may be a sequence: its items stand under each other. `notes` are sentences below, such as what a
     mesh could not shard.
     """
-    values = {
-        k: [show(v) for v in x] if isinstance(x, (list, tuple)) else [show(x)] for k, x in facts.items()
-    }
+    values = {k: [show(v) for v in x] if isinstance(x, (list, tuple)) else [show(x)] for k, x in facts.items()}
     width = max(map(len, values), default=0)
     lines = [title, "-" * len(title)]
     for name, items in values.items():
@@ -78,9 +72,7 @@ def hardware_card(
         f'<div style="margin-top:0.5em;border-left:3px solid {GREY};padding-left:0.6em">{_escape(n)}</div>'
         for n in notes
     )
-    return Card(
-        f'<div style="{CARD}"><div style="{_HEAD}">{_escape(title)}</div>{body}{foot}</div>', "\n".join(lines)
-    )
+    return Card(f'<div style="{CARD}"><div style="{_HEAD}">{_escape(title)}</div>{body}{foot}</div>', "\n".join(lines))
 
 
 def text_card(segments: Sequence[Sequence[tuple[str, bool]]], *, title: str = "") -> Card:
@@ -126,9 +118,7 @@ def checks_card(rows: Sequence[Mapping[str, Any]]) -> Card:
     ]
     card = table(shown, title=title)
     page = card.html.replace("✓ passed", f'<span style="color:{GOOD};font-weight:600">✓ passed</span>')
-    return Card(
-        page.replace("✗ FAILED", f'<span style="color:{BAD};font-weight:600">✗ FAILED</span>'), card.text
-    )
+    return Card(page.replace("✗ FAILED", f'<span style="color:{BAD};font-weight:600">✗ FAILED</span>'), card.text)
 
 
 def expectation(row: Mapping[str, Any]) -> str:
@@ -189,17 +179,12 @@ def _table_text(
     names: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool], title: str, caption: str
 ) -> str:
     # A value of several lines (a generated answer) keeps its row: the lines stand under each other.
-    widths = [
-        max([len(n)] + [len(line) for row in cells for line in row[i].split("\n")])
-        for i, n in enumerate(names)
-    ]
+    widths = [max([len(n)] + [len(line) for row in cells for line in row[i].split("\n")]) for i, n in enumerate(names)]
     lines = [title] if title else []
     for row in [list(names), ["-" * w for w in widths], *cells]:
         split = [cell.split("\n") for cell in row]
         for level in range(max(map(len, split), default=0)):
             parts = [cell[level] if level < len(cell) else "" for cell in split]
-            aligned = (
-                f"{p:>{w}}" if r else f"{p:<{w}}" for p, w, r in zip(parts, widths, right, strict=True)
-            )
+            aligned = (f"{p:>{w}}" if r else f"{p:<{w}}" for p, w, r in zip(parts, widths, right, strict=True))
             lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines + ([caption] if caption else []))

@@ -69,14 +69,10 @@ def find_notebook(recipe: str) -> Path:
     for folder in places:
         if (folder / RECIPES[recipe].notebook).is_file():
             return folder / RECIPES[recipe].notebook
-    raise UserError(
-        f"the notebook of recipe {recipe!r} is missing: looked in {' and '.join(map(str, places))}"
-    )
+    raise UserError(f"the notebook of recipe {recipe!r} is missing: looked in {' and '.join(map(str, places))}")
 
 
-def prepare(
-    recipe: str, given: dict[str, str], *, file: str | None = None, output: str | None = None
-) -> Prepared:
+def prepare(recipe: str, given: dict[str, str], *, file: str | None = None, output: str | None = None) -> Prepared:
     """Check everything that can be checked without a kernel.
 
     Values edited in the notebook's own parameters cell take part, as they will in the kernel.
@@ -87,9 +83,7 @@ def prepare(
     kind = find_recipe(recipe)
     notebook = find_notebook(next(name for name, entry in RECIPES.items() if entry.config is kind))
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    edited, problems = cell_parameters(
-        kind, ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    )
+    edited, problems = cell_parameters(kind, ["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
     command_line = {name: (value, "command line") for name, value in given.items()}
     config = resolve(kind, file=file, given={**edited, **command_line}, problems=problems)
     # What the kernel finds by itself (environment, edited literals) is not injected: it would look given

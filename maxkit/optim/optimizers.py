@@ -90,9 +90,7 @@ def _rule(cfg: OptimizerConfig, schedule: optax.Schedule, mask: Tree) -> optax.G
     return optax.chain(optax.scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps), *rest)
 
 
-def _in_float32(
-    rule: optax.GradientTransformation, threshold: float, letters: Tree
-) -> optax.GradientTransformation:
+def _in_float32(rule: optax.GradientTransformation, threshold: float, letters: Tree) -> optax.GradientTransformation:
     """`rule` on float32 copies of gradients and weights, the gradients clipped to the norm `threshold` first.
 
     The updates stay float32: `optax.apply_updates` adds them before it rounds to the weights' dtype.
@@ -104,9 +102,7 @@ def _in_float32(
     def init(params: Tree) -> optax.OptState:
         return rule.init(float32(params))
 
-    def update(
-        gradients: Tree, state: optax.OptState, params: Tree | None = None
-    ) -> tuple[Tree, optax.OptState]:
+    def update(gradients: Tree, state: optax.OptState, params: Tree | None = None) -> tuple[Tree, optax.OptState]:
         if params is None:
             raise ValueError("this optimizer needs the parameters: weight decay is part of it")
         _check_letters(letters, params)

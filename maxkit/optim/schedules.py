@@ -11,9 +11,7 @@ import optax
 from maxkit.optim.config import OptimizerConfig
 
 
-def make_schedule(
-    cfg: OptimizerConfig, total_steps: int, peak: float | jax.Array | None = None
-) -> optax.Schedule:
+def make_schedule(cfg: OptimizerConfig, total_steps: int, peak: float | jax.Array | None = None) -> optax.Schedule:
     """A function from the step (0 is the first update) to the learning rate; works on traced steps.
 
     `peak` replaces `cfg.learning_rate` and may be traced.
@@ -31,9 +29,7 @@ def learning_rate_at(cfg: OptimizerConfig, total_steps: int, step: int) -> float
     return float(make_schedule(cfg, total_steps)(step))
 
 
-def _after_warmup(
-    cfg: OptimizerConfig, peak: float | jax.Array, total_steps: int, warmup: int
-) -> optax.Schedule:
+def _after_warmup(cfg: OptimizerConfig, peak: float | jax.Array, total_steps: int, warmup: int) -> optax.Schedule:
     steps = max(total_steps - warmup, 1)
     final = cfg.learning_rate_final_fraction
     if cfg.learning_rate_schedule == "constant":

@@ -61,7 +61,7 @@ class StopRequest:
 
     @property
     def name(self) -> str | None:
-        """Either "SIGTERM" or "SIGINT", None while nobody asked. With several hosts: as soon as any of them was asked."""
+        """Either "SIGTERM" or "SIGINT", None while nobody asked. Of several hosts, any may have been asked."""
         asked = self.signal
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils

@@ -41,9 +41,7 @@ def leaves(reader):
     return ((path, layer, reader.read(path, layer)) for path, layer in reader.addresses())
 
 
-def wanted_leaf(
-    tensors: dict[str, np.ndarray], config: ModelConfig, path: str, layer: int | None
-) -> np.ndarray:
+def wanted_leaf(tensors: dict[str, np.ndarray], config: ModelConfig, path: str, layer: int | None) -> np.ndarray:
     """The canonical tensor, by hand and not by the table."""
     D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
     fixed = {

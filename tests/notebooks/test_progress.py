@@ -27,9 +27,7 @@ def execute(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 def test_lines_under_nbclient_and_papermill(notebook: nbformat.NotebookNode, tmp_path: Path) -> None:
     nbformat.write(notebook, tmp_path / "in.ipynb")
-    papermill.execute_notebook(
-        tmp_path / "in.ipynb", tmp_path / "out.ipynb", kernel_name="python3", progress_bar=False
-    )
+    papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", kernel_name="python3", progress_bar=False)
     for outputs in (execute(notebook), nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs):
         assert {output.output_type for output in outputs} == {"stream"}
         lines = "".join(output.text for output in outputs).splitlines()
@@ -44,9 +42,6 @@ def test_one_figure_that_updates_where_somebody_watches(
     figures = [output for output in outputs if output.output_type == "display_data"]
     assert len(figures) == 1 and "image/png" in figures[0].data
     # The last update replaced the first drawing.
-    assert (
-        "update 500 of 500" in figures[0].data["text/plain"]
-        and "at update 500" in figures[0].data["text/plain"]
-    )
+    assert "update 500 of 500" in figures[0].data["text/plain"] and "at update 500" in figures[0].data["text/plain"]
     texts = [output.text for output in outputs if output.output_type == "stream"]
     assert "".join(texts).startswith("500 updates in") and len(figures) + len(texts) == len(outputs)

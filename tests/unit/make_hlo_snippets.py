@@ -30,9 +30,7 @@ def main() -> None:
         weights = jax.ShapeDtypeStruct(
             (LAYERS, WIDTH, WIDTH), jnp.float32, sharding=jax.NamedSharding(mesh, P(None, "fsdp", None))
         )
-        rows = jax.ShapeDtypeStruct(
-            (512, WIDTH), jnp.float32, sharding=jax.NamedSharding(mesh, P("fsdp", None))
-        )
+        rows = jax.ShapeDtypeStruct((512, WIDTH), jnp.float32, sharding=jax.NamedSharding(mesh, P("fsdp", None)))
         write("scan", jax.jit(jax.grad(loss)), weights, rows)
         write("exchange", jax.jit(exchange), rows)
 
@@ -56,9 +54,7 @@ def exchange(x: jax.Array) -> jax.Array:
 def write(name: str, function, *arguments) -> None:
     text = function.trace(*arguments).lower(lowering_platforms=("tpu",)).compile().as_text()
     text = re.sub(r", (metadata|backend_config|frontend_attributes)=\{.*$", "", text, flags=re.MULTILINE)
-    kept = re.compile(
-        r"^\S|all-|permute|scatter|gather| while\(|calls=|constant\(|compare\(|async|^\s*$", re.MULTILINE
-    )
+    kept = re.compile(r"^\S|all-|permute|scatter|gather| while\(|calls=|constant\(|compare\(|async|^\s*$", re.MULTILINE)
     lines = [line for line in text.splitlines() if kept.search(line)]
     start = next(i for i, line in enumerate(lines) if line.startswith("%"))
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -25,15 +25,11 @@ CHATML = (
 def chat_tokenizer():
     trained = train_bpe([text for _, text in text_corpus("pydoc")], 512)
     trained.backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return Tokenizer(
-        trained.backend, special={"eos": "<|im_end|>", "pad": "<|im_end|>"}, chat_template=CHATML
-    )
+    return Tokenizer(trained.backend, special={"eos": "<|im_end|>", "pad": "<|im_end|>"}, chat_template=CHATML)
 
 
 def chat(seed=0, **settings):
-    return chat_rows(
-        DataConfig(**{"dataset": "synthetic", "seq_len": 128, **settings}), chat_tokenizer(), seed=seed
-    )
+    return chat_rows(DataConfig(**{"dataset": "synthetic", "seq_len": 128, **settings}), chat_tokenizer(), seed=seed)
 
 
 def trained_texts(rows):
@@ -77,9 +73,7 @@ def test_every_knob_changes_the_rows():
     assert chat(seq_len=64).train.columns["tokens"].shape[1] == 64
     assert len(chat(holdout_fraction=0.0).held_out) == 0
     assert len(chat(holdout_fraction=0.5).held_out_messages) == 256
-    assert len(chat(dataset="chatterbot", deduplicate=False).train) > 2 * len(
-        chat(dataset="chatterbot").train
-    )
+    assert len(chat(dataset="chatterbot", deduplicate=False).train) > 2 * len(chat(dataset="chatterbot").train)
 
 
 def test_long_rows_are_dropped_or_cut_and_reported(tmp_path):

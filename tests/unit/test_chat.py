@@ -125,9 +125,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_by_turn(smollm2):
         "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last else 'cut' }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}",
     )
-    with pytest.raises(
-        UserError, match="message 1 .assistant.: the chat template writes this turn differently"
-    ):
+    with pytest.raises(UserError, match="message 1 .assistant.: the chat template writes this turn differently"):
         encode_chat(tokenizer, CHAT)
 
 

@@ -59,9 +59,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
         ((), "required: COMMAND"),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(
-    checkout: Path, tmp_path: Path, arguments, part: str
-) -> None:
+def test_a_mistake_is_one_line_and_writes_nothing(checkout: Path, tmp_path: Path, arguments, part: str) -> None:
     assert part in one_line(run(checkout, tmp_path, *arguments), 2)
     assert list(tmp_path.iterdir()) == []
 
@@ -101,9 +99,7 @@ def test_generate_refuses_in_one_line(tmp_path: Path) -> None:
     assert "tokenizer" in one_line(run(PACKAGE.parent, tmp_path, "generate", model, "--prompt", "Hi"), 2)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["list"], ["inspect", str(FIXTURES / "llama_tiny_full")], ["run", "sft", "-h"]]
-)
+@pytest.mark.parametrize("arguments", [["list"], ["inspect", str(FIXTURES / "llama_tiny_full")], ["run", "sft", "-h"]])
 def test_light_commands_import_neither_jax_nor_flax(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom maxkit.cli import main\n"

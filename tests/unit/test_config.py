@@ -172,9 +172,7 @@ def test_a_config_is_frozen_closed_and_strict() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
-    assert "unknown parameter 'scan_layer' (keyword): did you mean 'scan_layers'?" in refusal(
-        scan_layer="false"
-    )
+    assert "unknown parameter 'scan_layer' (keyword): did you mean 'scan_layers'?" in refusal(scan_layer="false")
     with pytest.raises(UserError, match="MAXKIT_SCAN_LAYER .environment.: did you mean 'scan_layers'"):
         resolve("sft", environ={"MAXKIT_SCAN_LAYER": "false"})
     with pytest.raises(UserError, match="unknown recipe 'sfft'; did you mean 'sft'"):
@@ -182,9 +180,7 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 
 
 def test_all_problems_come_in_one_line() -> None:
-    message = refusal(
-        scan_layer="false", steps="many", batch_size=0, dtype="float23", mesh="fsd:4", pure_nnx=True
-    )
+    message = refusal(scan_layer="false", steps="many", batch_size=0, dtype="float23", mesh="fsd:4", pure_nnx=True)
     for part in (
         "scan_layer'",
         "steps='many'",

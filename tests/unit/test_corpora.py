@@ -36,9 +36,7 @@ def test_pydoc_needs_only_python():
     assert len(list(documents("pydoc", report))) == report.kept == len(topics)
 
 
-@pytest.mark.parametrize(
-    ("name", "kept", "duplicate"), [("chatterbot", 270, 1040), ("chatterbot-all", 898, 1127)]
-)
+@pytest.mark.parametrize(("name", "kept", "duplicate"), [("chatterbot", 270, 1040), ("chatterbot-all", 898, 1127)])
 def test_chatterbot_repeats_are_counted(name, kept, duplicate):
     report = RowReport()
     found = list(conversations(name, report))
@@ -55,9 +53,7 @@ def test_chatterbot_repeats_are_counted(name, kept, duplicate):
 
 
 def test_chatterbot_rows_are_the_known_ones():
-    exchanges = {
-        c.messages[0]["content"]: c.messages[1]["content"] for c in conversations("chatterbot", RowReport())
-    }
+    exchanges = {c.messages[0]["content"]: c.messages[1]["content"] for c in conversations("chatterbot", RowReport())}
     answer = "Check if it's plugged in and hold the power button for 10 seconds."
     assert exchanges["My computer won't turn on."] == answer
     assert exchanges["Who was the 37th President of the United States?"] == "Richard Nixon"

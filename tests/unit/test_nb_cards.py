@@ -45,9 +45,7 @@ def test_html_is_well_formed_and_brings_no_opaque_colours(card: Card) -> None:
     assert "<script" not in card.html and "class=" not in card.html and "http" not in card.html
     # Text keeps the page's colour and backgrounds let the page through, in light and dark.
     colours = re.findall(r"(?:background|(?<!-)color):([^;\"]+)", card.html)
-    assert all(c in ("none", "inherit", GOOD, BAD) or c.startswith("rgba(128,128,128") for c in colours), (
-        colours
-    )
+    assert all(c in ("none", "inherit", GOOD, BAD) or c.startswith("rgba(128,128,128") for c in colours), colours
 
 
 @pytest.mark.parametrize("card", ALL)

@@ -68,9 +68,7 @@ def test_what_the_alt_text_says() -> None:
 
 
 def test_files_lie_beside_the_run(tmp_path) -> None:
-    figure = loss_figure(
-        HISTORY[:1], band=[(0, 4.0, 6.0), (1, 4.0, 6.0)], save_as=tmp_path / "run" / "loss.v1"
-    )
+    figure = loss_figure(HISTORY[:1], band=[(0, 4.0, 6.0), (1, 4.0, 6.0)], save_as=tmp_path / "run" / "loss.v1")
     assert [p.name for p in figure.paths] == ["loss.v1.svg", "loss.v1.png"]
     assert figure.paths[0].read_text() == figure.svg and figure.paths[1].read_bytes() == figure.png
 

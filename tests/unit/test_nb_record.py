@@ -24,9 +24,7 @@ def _no_rows():
     checks.clear()
 
 
-CONFIG = resolve(
-    "sft", environ={}, given={"scan_layers": ("false", "papermill"), "run_dir": ("x", "papermill")}
-)
+CONFIG = resolve("sft", environ={}, given={"scan_layers": ("false", "papermill"), "run_dir": ("x", "papermill")})
 
 
 @pytest.mark.parametrize(
@@ -111,9 +109,7 @@ def test_the_record_has_the_documented_shape(tmp_path) -> None:
     assert record["explicit"] == {"scan_layers": "papermill", "run_dir": "papermill"}
     assert set(record["parameters"]) == set(type(CONFIG).model_fields)
     assert (record["steps_done"], record["steps_this_run"], record["metrics"]) == (3, 2, {"loss/last": 1.5})
-    assert record["checks"] == [
-        {"name": "loss", "value": 1.5, "expected": 1.5, "tolerance": 0.1, "passed": True}
-    ]
+    assert record["checks"] == [{"name": "loss", "value": 1.5, "expected": 1.5, "tolerance": 0.1, "passed": True}]
     assert record["artifacts"] == [
         {"path": "loss.svg", "bytes": 6, "sha256": hashlib.sha256(b"<svg/>").hexdigest()},
         {"path": "checkpoints/3/state", "bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()},
@@ -126,9 +122,7 @@ def test_devices_are_told_where_jax_runs(tmp_path) -> None:
     import jax
 
     environment = report(tmp_path, environment={"mesh": "fsdp:1"})["environment"]
-    assert (
-        environment["platform"] == jax.devices()[0].platform and environment["devices"] == jax.device_count()
-    )
+    assert environment["platform"] == jax.devices()[0].platform and environment["devices"] == jax.device_count()
     assert environment["jax"] == jax.__version__ and environment["mesh"] == "fsdp:1"
 
 
@@ -164,8 +158,6 @@ def test_artifacts_outside_keep_their_whole_path(tmp_path) -> None:
 
 
 def test_a_record_starts_no_backend() -> None:
-    code = (
-        "import sys; from maxkit.nb.record import describe_environment as d; d(); print('jax' in sys.modules)"
-    )
+    code = "import sys; from maxkit.nb.record import describe_environment as d; d(); print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.stdout.strip() == "False", done.stderr

@@ -55,9 +55,7 @@ def colab(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def pip(python: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [str(python), "-m", "pip", "-q", *arguments], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([str(python), "-m", "pip", "-q", *arguments], capture_output=True, text=True, check=True)
     return done.stdout
 
 

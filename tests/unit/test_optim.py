@@ -148,9 +148,7 @@ def test_adam_pax_stores_the_corrected_moments_in_a_flat_state():
     assert_close(pax.nu, corrected(adam.nu, cfg.adam_b2), rtol=1e-5, atol=1e-7)
 
 
-@given(
-    b1=st.floats(0, 0.99), b2=st.floats(0, 0.999), weight_decay=st.floats(0, 1), threshold=st.floats(0, 20)
-)
+@given(b1=st.floats(0, 0.99), b2=st.floats(0, 0.999), weight_decay=st.floats(0, 1), threshold=st.floats(0, 20))
 @settings(max_examples=5, deadline=None)
 def test_adam_pax_equals_float64_for_all_settings(b1, b2, weight_decay, threshold):
     cfg = config(

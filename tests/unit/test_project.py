@@ -117,8 +117,7 @@ def test_no_file_name_says_nothing():
 def test_tracked_files_name_no_registry_and_no_path_of_one_machine():
     hosts = ("py" + "pi.org", "python" + "hosted.org", "registry.npm" + "js", "conda." + "anaconda.org")
     forbidden = re.compile(
-        "|".join(map(re.escape, hosts))
-        + r"|--(extra-)?index-url|(^|[\s\"'(=`])/(work|farm|root)/|/tmp/ipykernel"
+        "|".join(map(re.escape, hosts)) + r"|--(extra-)?index-url|(^|[\s\"'(=`])/(work|farm|root)/|/tmp/ipykernel"
         r"|\.\./shared|\.\./\.library"
     )
     found = []
@@ -177,9 +176,7 @@ def test_make_without_a_fit_python_ends_in_one_line(tmp_path, script, says):
 def test_a_second_make_has_nothing_to_do(tmp_path):
     (tmp_path / ".stamp").touch()
     start = time.perf_counter()
-    done = subprocess.run(
-        ["make", f"VENV={tmp_path}", "setup"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["make", f"VENV={tmp_path}", "setup"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 1
     assert done.stdout.startswith("Ready.")
 

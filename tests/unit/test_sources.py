@@ -28,9 +28,7 @@ def read_text(dataset, **settings):
 
 
 def write_jsonl(path, rows):
-    path.write_bytes(
-        b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows) + b"\n"
-    )
+    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows) + b"\n")
     return path
 
 

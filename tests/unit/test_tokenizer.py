@@ -101,9 +101,7 @@ def test_older_spellings_of_the_companion_files(smollm2, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").unlink()
     loaded = Tokenizer.load(tmp_path)
-    assert (
-        loaded.chat_template == "A" and loaded.eos_id == 2 and loaded.bos_id is None and loaded.pad_id is None
-    )
+    assert loaded.chat_template == "A" and loaded.eos_id == 2 and loaded.bos_id is None and loaded.pad_id is None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|none|>"}))
     with pytest.raises(UserError, match="eos token '<|none|>' is not in the vocabulary"):
         Tokenizer.load(tmp_path)
