@@ -79,7 +79,7 @@ def test_a_script_is_not_watched_unless_it_says_so() -> None:
         ("python3 -m notebook", True),
         ("jupyter lab", True),
         ("/usr/bin/python3 -Xfrozen_modules=off /bin/jupyterhub-singleuser", True),
-        ("/root/.vscode-server/bin/abc/node out/bootstrap-fork", True),
+        ("/home/me/.vscode-server/bin/abc/node out/bootstrap-fork", True),
         ("/venv/bin/python /venv/bin/papermill notebook out.ipynb", False),
         ("python -m papermill recipes/sft.ipynb out.ipynb -p model /home/u/jupyter-lab", False),
         ("python -m pytest --nbval", False),
