@@ -107,13 +107,19 @@ def execute(run: Prepared) -> dict[str, Any]:
     report = run.config.run_folder / REPORT
     before = report.stat().st_mtime_ns if report.exists() else 0
     log = run.config.run_folder / KERNEL_LOG
+    # The notebook of an earlier run is replaced only by one that ran: a refusal must not cost it.
+    working = run.output.with_name(f"{run.output.stem}.running.ipynb")
     with _kernel_environment(run.sources, log):
-        error, number = _in_thread(run)
+        error, number = _in_thread(run._replace(output=working))
+    problem = _as_user_error(error, run.output) if error is not None else None
+    refused = isinstance(problem, UserError) and not isinstance(problem, CheckFailed) and run.output.exists()
+    if working.exists():
+        os.replace(working, run.output.with_name(f"{run.output.stem}.refused.ipynb") if refused else run.output)
     if number is not None:
         name = signal.Signals(number).name
         raise Stopped(number, f"stopped by {name}; the same command continues the run ({run.output})")
-    if error is not None:
-        raise _as_user_error(error, run.output)
+    if problem is not None:
+        raise problem
     log.unlink(missing_ok=True)
     if not report.exists() or report.stat().st_mtime_ns == before:
         raise CheckFailed(f"the notebook ended without writing {report} ({run.output})")
