@@ -37,6 +37,7 @@ from maxkit.errors import Stopped, UserError
 from maxkit.infer.generate import generate
 from maxkit.models.definition import ModelDefinition
 from maxkit.optim import learning_rate_at
+from maxkit.run import cards
 from maxkit.train.loop import Every, StopRequest, train_loop
 from maxkit.train.metrics import MetricsWriter, model_flops_per_token, peak_memory, read_metrics, throughput
 from maxkit.train.step import compile_train_step, eval_step
@@ -133,65 +134,19 @@ class Run:
 
     def hardware(self) -> Any:
         """A card: devices, mesh, precision, what the mesh leaves whole."""
-        device, cfg = jax.devices()[0], self.cfg
-        facts = {
-            "platform": device.platform,
-            "devices": f"{jax.device_count()} x {device.device_kind}",
-            "processes": jax.process_count(),
-            "mesh": meshes.describe(self.mesh),
-            "weights": "float32",
-            "activations": cfg.dtype,
-            "layers": "scanned" if self.definition.execution.scan_layers else "unrolled",
-            "run folder": _display_path(self.folder),
-        }
-        if self.resumed_from is not None:
-            facts["continues"] = f"after update {self.resumed_from} of {cfg.steps}"
-        notes = meshes.unsharded({p.path: (p.letters, p.shape) for p in self.definition.parameters.values()}, self.mesh)
-        return nb.hardware_card(facts, notes=[*self.blueprint.notes, *notes])
+        return cards.hardware(self)
 
     def describe_model(self) -> Any:
         """A table: every kind of tensor with its letters, shape and share of the parameters."""
-        rows, total = [], self.definition.num_params
-        for p in self.definition.parameters.values():
-            rows.append(
-                {
-                    "parameter": p.path,
-                    "letters": p.letters,
-                    "shape": " x ".join(map(str, p.shape)),
-                    "parameters": math.prod(p.shape),
-                    "trained": self.definition.lora is None or p.trainable_adapter,
-                }
-            )
-        if len(rows) > 40:
-            kinds: dict[str, dict] = {}
-            for p, row in zip(self.definition.parameters.values(), rows, strict=True):
-                kind = kinds.setdefault(p.address, {**row, "parameter": p.address, "parameters": 0, "tensors": 0})
-                kind["parameters"] += row["parameters"]
-                kind["tensors"] += 1
-            rows = list(kinds.values())
-        trained = sum(math.prod(p.shape) for p in self.definition.parameters.values()
-                      if self.definition.lora is None or p.trainable_adapter)  # fmt: skip
-        return nb.table(rows, title=f"{total:,} parameters, {trained:,} of them trained")
+        return cards.model(self.definition)
 
     def estimate(self) -> Any:
         """A card: the arithmetic and memory of the run, from formulas, before anything is spent."""
-        cfg, definition = self.cfg, self.definition
-        tokens = cfg.batch_size * cfg.seq_len
-        flops = model_flops_per_token(definition.config, cfg.seq_len, frozen_weights=definition.lora is not None)
-        trained = sum(math.prod(p.shape) for p in definition.parameters.values()
-                      if definition.lora is None or p.trainable_adapter)  # fmt: skip
-        moments = {"adamw": 2, "adam_pax": 2, "sgd": 0}[cfg.optimizer]
-        state = definition.num_params * 4 + trained * 4 * moments
-        return nb.hardware_card(
-            {
-                "tokens per update": f"{tokens:,}",
-                "model FLOPs per update": f"{flops * tokens / 1e12:.3g} TFLOP",
-                "weights and optimizer": f"{state / 2**30:.2f} GiB over all devices",
-                "gradients": f"{trained * 4 / 2**30:.2f} GiB",
-                "updates": f"{max(cfg.steps - self.steps_done, 0)} to do of {cfg.steps}",
-            },
-            title="What the run will need",
-        )
+        return cards.estimate(self)
+
+    def show_row(self, number: int) -> Any:
+        """One training row as text; what is trained is marked, and each segment begins on a line of its own."""
+        return cards.row(self.data.train[number], self.tokenizer, f"Training row {number}")
 
     # ------------------------------------------------------------ data and weights
 
@@ -226,22 +181,6 @@ class Run:
             self.tokenizer.save(self.folder / "tokenizer")
         self.seconds["setup"] += time.perf_counter() - start
         return self.data
-
-    def show_row(self, number: int) -> Any:
-        """One training row as text; what is trained is marked, and each segment begins on a line of its own."""
-        row = self.data.train[number]
-        pieces = []
-        for segment in range(1, int(row["segment_ids"].max()) + 1):
-            inside = np.flatnonzero(row["segment_ids"] == segment)
-            # A target that is trained is the next token of its position.
-            trained = np.concatenate([[0.0], row["loss_mask"][inside][:-1]])
-            pieces.append(
-                [
-                    (self.tokenizer.decode([int(row["tokens"][i])]), bool(t))
-                    for i, t in zip(inside, trained, strict=True)
-                ]
-            )
-        return nb.text_card(pieces, title=f"Training row {number}")
 
     def load_model(self) -> TrainState:
         """The state to train: from the run's newest checkpoint, from the source's weights, or from the seed."""
@@ -298,7 +237,7 @@ class Run:
         self.report += found.notes
         if found.manifest.data != self._data_digest():
             raise UserError(
-                f"{_display_path(self.folder)}: the data set gives other rows than when the run began; "
+                f"{cards.display_path(self.folder)}: the data set gives other rows than when the run began; "
                 "restore the data, or give a new run_dir"
             )
         set_iterator_state(self._iterator, found.iterator_state)
@@ -349,7 +288,7 @@ class Run:
             self.store.close()
             raise Stopped(
                 f"stopped by {reason} after update {self.steps_done} of {cfg.steps}, which is saved in "
-                f"{_display_path(self.folder)}: start the same command again to continue"
+                f"{cards.display_path(self.folder)}: start the same command again to continue"
             )
         return self.history
 
@@ -551,16 +490,6 @@ class Run:
         return record
 
 
-def describe_artifacts(record: dict[str, Any]) -> Any:
-    """A table of what a run left behind, from its record: files, and folders with the sum of their files."""
-    groups: dict[str, list[int]] = {}
-    for row in record["artifacts"]:
-        parts = row["path"].split("/")
-        groups.setdefault("/".join(parts[:2]) + ("/" if len(parts) > 2 else ""), []).append(row["bytes"])
-    rows = [{"what": name, "files": len(sizes), "MiB": round(sum(sizes) / 2**20, 2)} for name, sizes in groups.items()]
-    return nb.table(rows, title="What is in the run folder", caption="SHA-256 of every file: report.json")
-
-
 def _check_same_run(cfg: RecipeConfig, before: dict[str, Any], folder: Path) -> None:
     """Refuse a folder that was made with other settings: its updates would not mean the same.
 
@@ -575,18 +504,10 @@ def _check_same_run(cfg: RecipeConfig, before: dict[str, Any], folder: Path) -> 
     ]
     if differing:
         raise UserError(
-            f"run_dir={_display_path(folder)} holds a run with other settings ({'; '.join(differing)}): give another "
-            "run_dir, or the settings it was made with"
+            f"run_dir={cards.display_path(folder)} holds a run with other settings ({'; '.join(differing)}): "
+            "give another run_dir, or the settings it was made with"
         )
 
 
 def _readable(prompts: Sequence[Any]) -> list[Any]:
     return json.loads(json.dumps(list(prompts)))
-
-
-def _display_path(path: Path) -> str:
-    """The path from where the user stands: committed notebooks must not hold somebody's home."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return path.name
