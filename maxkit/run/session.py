@@ -276,7 +276,8 @@ class Run:
                 done=self.steps_done,
                 total=cfg.steps,
                 on_metrics=on_metrics,
-                hooks=[Every(cfg.checkpoint_period, self._save), Every(cfg.eval_period, evaluate, at_end=False)],
+                # The evaluation first: killed between the two, it is done again with the updates after the last save.
+                hooks=[Every(cfg.eval_period, evaluate, at_end=False), Every(cfg.checkpoint_period, self._save)],
                 stop=stop,
                 # A CPU computes while it dispatches: looking ahead would only blur the times of single updates.
                 lookahead=jax.devices()[0].platform != "cpu",

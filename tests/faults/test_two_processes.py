@@ -27,6 +27,9 @@ class Cluster:
         given = [f"{k}={v}" for k, v in {"steps": STEPS, "num_heads": 4, "num_kv_heads": 4, **settings}.items()]
         environment = {
             **self.cache,
+            # Simulated devices block a thread each while they wait for another process, and XLA makes only as many
+            # threads as there are cores: with 2 of them both processes waited for ever in about one run of two.
+            "NPROC": "16",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
         }
         if processes > 1:
