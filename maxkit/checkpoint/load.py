@@ -49,6 +49,9 @@ class Source(Protocol):
     def unused_keys(self) -> list[str]:
         """Stored tensors that the model does not use."""
 
+    def missing_keys(self) -> list[str]:
+        """Tensors that the model needs and that are not stored."""
+
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """One layer's tensor in canonical orientation."""
 
@@ -260,7 +263,8 @@ def read_params(
     for parameter in definition.parameters.values():
         keys = [parameter.path] if isinstance(source, MaxkitSource) else _addresses(parameter)
         (found if all(key in present for key in keys) else absent).append(parameter)
-    _check_missing([p for p in absent if not p.trainable_adapter], missing, report)
+    keys = source.missing_keys() if not isinstance(source, MaxkitSource) else []
+    _check_missing([p for p in absent if not p.trainable_adapter], keys, missing, report)
     if isinstance(source, MaxkitSource):
         unused = sorted(set(source.paths) - set(definition.parameters))
     else:
@@ -276,9 +280,9 @@ def read_params(
     if absent:
         initial = definition.flat(definition.init(seed, mesh))
         for parameter in absent:
-            value = initial[parameter.path]
             keep = parameter.trainable_adapter or missing == "init"
-            leaves[parameter.path] = value if keep else jnp.zeros_like(value)
+            value = initial[parameter.path] if keep else jnp.zeros_like(initial[parameter.path])
+            leaves[parameter.path] = _fill(source, parameter, value, present, mesh)
     return definition.unflat(leaves)
 
 
@@ -288,12 +292,13 @@ def _addresses(parameter: Parameter) -> list[tuple[str, int | None]]:
     return [(parameter.address, layer) for layer in parameter.layers]
 
 
-def _check_missing(absent: list[Parameter], policy: Policy, report: list[str]) -> None:
+def _check_missing(absent: list[Parameter], keys: list[str], policy: Policy, report: list[str]) -> None:
     lines = [f"{p.path} {list(p.shape)} {p.dtype}" for p in absent]
     if lines and policy == "error":
         raise UserError(
-            f"{len(lines)} parameters of the model are not in the checkpoint: {'; '.join(lines)}. Check num_layers "
-            "and the family, or set checkpoint_missing_param_policy to warn (zeros) or init (initial values)"
+            f"{len(lines)} parameters of the model are not in the checkpoint: {'; '.join(lines)}"
+            f"{' (stored they would be ' + ', '.join(keys) + ')' if keys else ''}. Check num_layers and the family, "
+            "or set checkpoint_missing_param_policy to warn (zeros) or init (initial values)"
         )
     fill = "its initial value" if policy == "init" else "zeros"
     report += [f"missing, filled with {fill}: {line}" for line in lines]
@@ -323,6 +328,18 @@ def _stack(source: Source, parameter: Parameter, cast: bool, report: list[str]) 
             _note_cast(tensor.dtype, target, parameter, cast, report)
         (value[row : row + 1] if parameter.stacked else value)[...] = tensor
     return value
+
+
+def _fill(source, parameter: Parameter, value: jax.Array, present: set, mesh: Mesh | None):
+    """`value` with the layers of a stack that the source does have: only what is missing is made up."""
+    there = [row for row, key in enumerate(_addresses(parameter)) if key in present]
+    if not parameter.stacked or not there:
+        return value
+    whole = np.array(value)
+    for row in there:
+        address, layer = _addresses(parameter)[row]
+        whole[row] = source.read(address, layer)
+    return _put(whole, parameter, mesh)
 
 
 def _typed(x: jax.Array, parameter: Parameter, cast: bool, report: list[str]) -> jax.Array:

@@ -297,7 +297,7 @@ class GGUFReader:
         self.dtypes = dict(Counter(info.type for info in self.file.tensors.values()))
         for key, rearrangement in self._table.entries.values():
             if key not in self.file.tensors:
-                raise UserError(f"{path}: tensor {key!r} is missing; the file is incomplete or not of this family")
+                continue  # the caller decides what a missing tensor means: `missing_keys`
             stored = self.file.tensors[key].shape
             if stored != rearrangement.foreign_shape:
                 wanted = list(rearrangement.foreign_shape)
@@ -308,8 +308,12 @@ class GGUFReader:
         return Tokenizer.from_gguf(self.file.metadata) if "tokenizer.ggml.model" in self.file.metadata else None
 
     def addresses(self) -> list[Address]:
-        """Every (canonical path, layer number or None), in file order."""
-        return list(self._table.entries)
+        """Every (canonical path, layer number or None) whose tensor is there."""
+        return [address for address, (key, _) in self._table.entries.items() if key in self.file.tensors]
+
+    def missing_keys(self) -> list[str]:
+        """Tensors that the model needs and the file lacks."""
+        return [key for key, _ in self._table.entries.values() if key not in self.file.tensors]
 
     def shape(self, path: str, layer: int | None = None) -> tuple[int, ...]:
         """The canonical shape of a tensor, without reading it."""
@@ -318,6 +322,8 @@ class GGUFReader:
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """One tensor, dequantised to float32, in canonical orientation."""
         key, rearrangement = self._table[path, layer]
+        if key not in self.file.tensors:
+            raise UserError(f"{self.path}: tensor {key!r} is missing")
         return rearrangement.read(self.file.read(key))
 
     def unused_keys(self) -> list[str]:

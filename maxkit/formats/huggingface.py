@@ -87,7 +87,7 @@ class HuggingFaceReader:
         self.dtypes = dict(Counter(names.get(dtype, dtype) for dtype in stored))
         for key, rearrangement in self._table.entries.values():
             if key not in self._files:
-                raise UserError(f"{path}: tensor {key!r} is missing; the folder is incomplete or not of this family")
+                continue  # the caller decides what a missing tensor means: `missing_keys`
             shape, wanted = self._files[key].entries[key].shape, rearrangement.foreign_shape
             if shape != wanted:
                 raise UserError(f"{path}: tensor {key!r} has shape {list(shape)}, config.json says {list(wanted)}")
@@ -115,8 +115,12 @@ class HuggingFaceReader:
         return Tokenizer.load(self.path) if (self.path / "tokenizer.json").is_file() else None
 
     def addresses(self) -> list[Address]:
-        """Every (canonical path, layer number or None)."""
-        return list(self._table.entries)
+        """Every (canonical path, layer number or None) whose tensor is there."""
+        return [address for address, (key, _) in self._table.entries.items() if key in self._files]
+
+    def missing_keys(self) -> list[str]:
+        """Tensors that the model needs and the folder lacks."""
+        return [key for key, _ in self._table.entries.values() if key not in self._files]
 
     def shape(self, path: str, layer: int | None = None) -> tuple[int, ...]:
         """The canonical shape of a tensor, without reading it."""
@@ -125,6 +129,8 @@ class HuggingFaceReader:
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """One tensor in canonical orientation and stored dtype, as an array of its own."""
         key, rearrangement = self._table[path, layer]
+        if key not in self._files:
+            raise UserError(f"{self.path}: tensor {key!r} is missing")
         return rearrangement.read(self._files[key].read(key))
 
     def unused_keys(self) -> list[str]:

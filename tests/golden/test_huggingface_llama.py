@@ -199,7 +199,6 @@ def test_rope_scaling_in_old_and_new_spelling(tmp_path, rope):
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
         ({"num_hidden_layers": 2**38}, "layers for 51 tensors"),
-        ({"num_hidden_layers": 4}, "'model.layers.3.input_layernorm.weight' is missing"),
         ({"intermediate_size": 41}, "config.json says"),
     ],
 )
@@ -209,6 +208,17 @@ def test_configs_that_cannot_be_read_are_refused_by_name(tmp_path, change, words
     (tmp_path / "m/config.json").write_text(json.dumps(raw | change))
     with pytest.raises(UserError, match=words):
         HuggingFaceReader(tmp_path / "m")
+
+
+def test_missing_tensors_are_named(tmp_path):
+    shutil.copytree(FIXTURES / "llama_tiny_full", tmp_path / "m")
+    raw = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(raw | {"num_hidden_layers": 4}))
+    reader = HuggingFaceReader(tmp_path / "m")
+    assert "model.layers.3.input_layernorm.weight" in reader.missing_keys()
+    assert ("layers/attention_norm/scale", 3) not in reader.addresses()
+    with pytest.raises(UserError, match="'model.layers.3.input_layernorm.weight' is missing"):
+        reader.read("layers/attention_norm/scale", 3)
 
 
 def test_extra_tensors_are_named_and_missing_files_refused(tmp_path):
@@ -254,3 +264,17 @@ def test_damaged_folders_are_refused_or_read_never_worse(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert refused > 200 and peak < 30e6
+
+
+def test_a_missing_layer_is_filled_and_the_others_are_kept(tmp_path):
+    from maxkit.checkpoint.load import load
+
+    shutil.copytree(FIXTURES / "llama_tiny_full", tmp_path / "m")
+    raw = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(raw | {"num_hidden_layers": 4}))
+    with pytest.raises(UserError, match="model.layers.3.input_layernorm.weight"):
+        load(tmp_path / "m")
+    filled = load(tmp_path / "m", missing="warn", scan_layers=True)
+    kernel = np.asarray(filled.params["layers"]["block_0"]["mlp"]["gate"]["kernel"])
+    whole = np.asarray(load(FIXTURES / "llama_tiny_full").params["layers"]["block_0"]["mlp"]["gate"]["kernel"])
+    assert (kernel[:3] == whole).all() and not kernel[3].any()

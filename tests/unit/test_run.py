@@ -414,9 +414,6 @@ def test_missing_parameters_follow_the_policy(finished):
         assert_same_bits({path: leaves[path] for path in stored}, stored)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the Hugging Face reader refuses a folder with a missing tensor before the policy"
-)
 def test_missing_tensors_of_a_folder_follow_the_policy(tmp_path):
     loaded = load(without(tmp_path, "model.norm.weight"), missing="init")
     assert (np.asarray(loaded.params["final_norm"]["scale"]) == 1).all()
