@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pins, environments, import os
-import directions, style, what no tracked file may hold, the Makefile, the tiers."""
+"""Pins, environments, import directions, style, what no tracked file may hold, the Makefile, the tiers."""
 
+import os
 import re
 import shutil
 import subprocess
