@@ -5,7 +5,7 @@ from killed_runs import Runs, kill_until
 
 
 def test_a_hundred_kills_leave_no_trace(tmp_path):
-    steps = 700
+    steps = 500
     runs = Runs(tmp_path, steps=steps, checkpoint_period=1)
     run_dir = tmp_path / "killed"
     killed = kill_until(runs, run_dir, kills=100, seed=1)
