@@ -42,6 +42,9 @@ def initialize() -> bool:
 
 
 def _join(**where) -> None:
+    # On a CPU, XLA makes as many threads as there are cores, and collectives of several simulated devices wait for each
+    # other in them: with fewer threads than devices they wait for ever.
+    os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 16)))
     try:
         jax.distributed.initialize(**where)
     except (RuntimeError, ValueError) as error:

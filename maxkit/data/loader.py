@@ -73,7 +73,8 @@ def make_loader(
     dataset = grain.MapDataset.source(rows).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.repeat()[process_index::process_count].batch(batch_size // process_count)
+    # Not repeat(): its length is the largest integer, and anything that adds to it overflows.
+    dataset = dataset.repeat(2**62 // len(rows))[process_index::process_count].batch(batch_size // process_count)
     # Rows are in memory, so threads would only cost: a batch is a few slices and one copy.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 

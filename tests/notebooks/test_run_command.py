@@ -95,7 +95,8 @@ def test_run_trains_and_says_where_everything_is(checkout: Path, tmp_path: Path)
     assert sorted(injected[1:]) == ['run_dir = "out"', "scan_layers = False", "steps = 3"]
     for part in (
         "saved at 3",
-        "3 updates now, 3 in all; 1 checks passed",
+        "3 updates now, 3 in all",
+        "all 1 checks passed",
         "out/sft.ipynb",
         "out/report.json",
     ):

@@ -160,3 +160,8 @@ def test_rows_know_their_content():
     assert len(rows.take(slice(2, 5))) == 3
     with pytest.raises(ValueError, match="one length"):
         Rows({"a": np.zeros(2), "b": np.zeros(3)})
+
+
+def test_batches_of_one_row():
+    batches = take(loader(batch_size=1), COUNT)
+    assert sorted(row for batch in ids(batches) for row in batch) == list(range(COUNT))
