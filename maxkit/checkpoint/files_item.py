@@ -39,11 +39,11 @@ class FilesHandler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory: epath.Path, args: "FilesArgs") -> None:
         """Not used: the store saves asynchronously."""
-        raise NotImplementedError
+        raise AssertionError("these files are read by manifest.py, never through Orbax")
 
     def restore(self, directory: epath.Path, args: "FilesArgs | None" = None) -> dict[str, bytes]:
         """Not used: `manifest.py` reads the files without Orbax."""
-        raise NotImplementedError
+        raise AssertionError("these files are read by manifest.py, never through Orbax")
 
 
 @ocp.args.register_with_handler(FilesHandler, for_save=True, for_restore=True)
