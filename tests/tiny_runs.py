@@ -64,10 +64,14 @@ def rows_of(run_dir: Path) -> list[dict]:
 
 
 def spawn(run_dir: Path, dataset: Path, log: Path, *settings: str, **environment: str) -> subprocess.Popen:
-    """Start this file as a program; what it prints goes to `log`."""
+    """Start this file as a program; what it prints goes to `log`.
+
+    Its lines are not measured: a process that is killed or may not write leaves broken coverage files.
+    """
     command = [sys.executable, __file__, str(run_dir), str(dataset), *settings]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     with log.open("w") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=inherited | environment)
 
 
 def compile_cache(folder: Path) -> dict[str, str]:
