@@ -53,7 +53,7 @@ class Attention(nnx.Module):
                 "v": write(cache["v"], value, context.end_index, context.layer),
             }
             key, value = (read(cache[name], context.layer).astype(x.dtype) for name in ("k", "v"))
-        return self.out(ops.attention(query, key, value, context.masks[self.window], scale=self.scale)), cache
+        return self.out(ops.reference_attention(query, key, value, context.masks[self.window], scale=self.scale)), cache
 
 
 def write(slots: jax.Array, new: jax.Array, start: jax.Array, layer: jax.Array | None = None) -> jax.Array:

@@ -222,7 +222,7 @@ class Decoder(nnx.Module):
                 theta: rotations(positions, config.head_dim, theta, config.rope_scaling, config.max_seq_len)
                 for theta in bases
             },
-            masks={window: sight.mask(window) for window in {spec.sliding_window for spec in specs}},
+            masks={window: sight.mask(ops.Span(window)) for window in {spec.sliding_window for spec in specs}},
             end_index=end_index,
         )
 

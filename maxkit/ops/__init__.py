@@ -4,7 +4,7 @@
 The functions carry the names of their files, so they are imported at once: a lazy name would be shadowed by its module.
 """
 
-from maxkit.ops.attention import Visibility, attention
+from maxkit.ops.attention import Span, Visibility, attention, reference_attention
 from maxkit.ops.cross_entropy import cross_entropy
 
-__all__ = ["Visibility", "attention", "cross_entropy"]
+__all__ = ["Span", "Visibility", "attention", "cross_entropy", "reference_attention"]

@@ -45,7 +45,7 @@ def random_mask():
 def test_grouped_query_attention(heads, kv_heads):
     query, key, value = arrays(heads, kv_heads)
     mask = random_mask()
-    found = ops.attention(query, key, value, jnp.asarray(mask), scale=0.31)
+    found = ops.reference_attention(query, key, value, jnp.asarray(mask), scale=0.31)
     np.testing.assert_allclose(found, reference(query, key, value, mask, 0.31), **FLOAT32)
 
 
@@ -53,7 +53,7 @@ def test_bfloat16_keeps_its_type_and_scores_in_float32():
     query, key, value = arrays(6, 2, "bfloat16")
     query = query * 8  # scores of size 60: rounded to bfloat16 they would be off by 0.2
     mask = random_mask()
-    found = ops.attention(query, key, value, jnp.asarray(mask), scale=H**-0.5)
+    found = ops.reference_attention(query, key, value, jnp.asarray(mask), scale=H**-0.5)
     want = reference(*(x.astype(jnp.float32) for x in (query, key, value)), mask, H**-0.5)
     assert found.dtype == jnp.bfloat16
     # Rounding a result between 2 and 4 costs 2 ** -7, rounding the weights 2 ** -9 of it.
@@ -63,11 +63,11 @@ def test_bfloat16_keeps_its_type_and_scores_in_float32():
 def test_a_row_that_sees_nothing_is_finite_also_in_its_gradient():
     query, key, value = arrays(4, 2)
     mask = jnp.zeros((B, T, S), bool)
-    out, gradients = jax.value_and_grad(lambda *qkv: ops.attention(*qkv, mask, scale=1.0).sum(), argnums=(0, 1, 2))(
+    out, gradients = jax.value_and_grad(lambda *qkv: ops.reference_attention(*qkv, mask, scale=1.0).sum(), argnums=(0, 1, 2))(
         query, key, value
     )
     assert np.isfinite(out) and all(np.isfinite(g).all() for g in gradients)
-    found = ops.attention(query, key, value, mask, scale=1.0)
+    found = ops.reference_attention(query, key, value, mask, scale=1.0)
     np.testing.assert_allclose(found[:, 0], value.mean(1).repeat(2, axis=1), rtol=1e-5, atol=1e-6)
 
 
@@ -78,7 +78,7 @@ def test_the_mask_is_causal_windowed_and_within_segments(window):
     query_segments, key_segments = draw.integers(0, 3, (B, T)), draw.integers(0, 3, (B, S))
     extra = draw.integers(0, 2, (B, T, S)).astype(bool)
     sight = ops.Visibility(*map(jnp.asarray, (query_positions, key_positions, query_segments, key_segments, extra)))
-    found = np.asarray(sight.mask(window))
+    found = np.asarray(sight.mask(ops.Span(window)))
     for b, t, s in np.ndindex(B, T, S):
         back = query_positions[b, t] - key_positions[b, s]
         want = (
@@ -93,7 +93,7 @@ def test_the_mask_is_causal_windowed_and_within_segments(window):
 
 def test_a_window_of_one_sees_itself_alone():
     positions = jnp.arange(5)[None]
-    np.testing.assert_array_equal(ops.Visibility(positions, positions).mask(1)[0], np.eye(5, dtype=bool))
+    np.testing.assert_array_equal(ops.Visibility(positions, positions).mask(ops.Span(1))[0], np.eye(5, dtype=bool))
 
 
 def test_nothing_flows_from_a_masked_key():
@@ -103,6 +103,6 @@ def test_nothing_flows_from_a_masked_key():
     mask[0, 3, 2] = mask[1, 0, 2] = True  # every query sees something
     hidden = ~mask.any(axis=1)[:, :, None, None] | (np.arange(S) == 4)[None, :, None, None]
     mask[:, :, 4] = False
-    found = ops.attention(query, key, value, jnp.asarray(mask), scale=1.0)
+    found = ops.reference_attention(query, key, value, jnp.asarray(mask), scale=1.0)
     other = [jnp.where(hidden, 1e4, x) for x in (key, value)]
-    np.testing.assert_array_equal(found, ops.attention(query, *other, jnp.asarray(mask), scale=1.0))
+    np.testing.assert_array_equal(found, ops.reference_attention(query, *other, jnp.asarray(mask), scale=1.0))
