@@ -9,8 +9,10 @@ Axes are Explicit: the layout is part of an array's type and an ambiguous one fa
 is the one place that decides whether an output sharding is passed. Next to read: `ops/`, `models/layers.py`.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,8 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "K": ("tensor",),
     "V": ("tensor",),
     "E": ("expert",),
+    "Q": ("fsdp",),
+    "Z": ("fsdp",),
 }
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "B": ("data", "fsdp", "expert"),
@@ -224,3 +228,110 @@ def is_sharded(letter: str, size: int) -> bool:
     """Whether an activation dimension of this letter and size is divided by the mesh in force."""
     spec = sharding_of(letter, (size,))
     return spec is not None and spec[0] is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """What a traced function is compiled for.
+
+    platform: "cpu", "gpu", "tpu". divisible: whether `shard_map` can hand each device its part; without it the compiler
+    would have to divide a kernel, which it cannot. compute_capability: of NVIDIA GPUs, where they are at hand.
+    """
+
+    platform: str
+    divisible: bool = True
+    compute_capability: float | None = None
+
+
+def devices_in_force() -> Devices:
+    """The devices of the mesh in force, which need not be here (a topology); else those JAX takes by default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    divisible = mesh.empty or mesh.size == 1 or AxisType.Auto not in mesh.axis_types
+    device = None if mesh.empty else mesh.abstract_device
+    if device is not None:
+        platform = device.platform
+    else:
+        default = jax.config.jax_default_device
+        platform = getattr(default, "platform", default) or jax.default_backend()
+    capability = None
+    if platform == "gpu" and jax.default_backend() == "gpu":
+        numbers = re.fullmatch(r"\d+\.\d+", str(getattr(jax.devices()[0], "compute_capability", "")))
+        capability = float(numbers[0]) if numbers else None
+    return Devices(platform, divisible, capability)
+
+
+def shard_map(function: Callable[..., jax.Array], inputs: Sequence[str], output: str) -> Callable[..., jax.Array]:
+    """`function` run by every device on its own parts, for kernels that the compiler cannot divide.
+
+    inputs: the letters of its arguments; output: those of its result, each a letter of an argument or never sharded.
+    Where axes are not Explicit, or inside another `shard_map`, it is the function itself.
+    """
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        mesh = explicit_mesh()
+        if mesh is None:
+            return function(*arrays)
+        sizes = {}
+        for letters, array in zip(inputs, arrays, strict=True):
+            sizes.update(zip(letters, array.shape, strict=True))
+        specs = [_spec(letters, [sizes[x] for x in letters], mesh, ACTIVATIONS) for letters in (*inputs, output)]
+        parts = [jax.sharding.reshard(array, spec) for array, spec in zip(arrays, specs[:-1], strict=True)]
+        # check_vma: Pallas calls do not say over which axes their results vary.
+        return jax.shard_map(function, in_specs=tuple(specs[:-1]), out_specs=specs[-1], check_vma=False)(*parts)
+
+    return call
+
+
+def expert_parallel(
+    function: Callable[..., jax.Array],
+    tokens: tuple[jax.Array, ...],
+    experts: dict[str, jax.Array],
+    letters: dict[str, str],
+) -> jax.Array:
+    """`function(tokens, experts, first)`, every device running its own experts, or its own part of their F.
+
+    `tokens` are [B, ...] arrays; `experts` arrays whose letters begin with E. The function gets rows of tokens, the
+    experts from number `first` on, and returns what these add to the result [B, T, D]: the sum over all experts and
+    over all parts of F is the result. It runs on whole D and on plain local arrays.
+
+    Under Explicit axes: weights are gathered over fsdp, rows over expert (each device's experts see the tokens of all
+    devices on that axis; no token is dropped), results are summed over tensor and summed and scattered over expert.
+    Without a mesh, or under Auto axes, it is one call.
+    """
+    mesh = explicit_mesh()
+    if mesh is None:
+        return function(tokens, experts, 0)
+    weights = {name: _spec(letters[name], value.shape, mesh, WEIGHTS) for name, value in experts.items()}
+    rows = tuple(_spec("B" + "T" * (x.ndim - 1), x.shape, mesh, ACTIVATIONS) for x in tokens)
+    split_experts, split_f = (any(_has(spec, axis) for spec in weights.values()) for axis in ("expert", "tensor"))
+    exchange = split_experts and _has(rows[0], "expert")
+
+    def local(tokens: tuple[jax.Array, ...], experts: dict[str, jax.Array]) -> jax.Array:
+        experts = {name: _whole(value, weights[name], letters[name], split_f) for name, value in experts.items()}
+        if exchange:
+            tokens = jax.tree.map(lambda x: jax.lax.all_gather(x, "expert", axis=0, tiled=True), tokens)
+        first = jax.lax.axis_index("expert") * next(iter(experts.values())).shape[0] if split_experts else 0
+        y = function(tokens, experts, first)
+        y = jax.lax.psum(y, "tensor") if split_f else y
+        if exchange:
+            return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+        return jax.lax.psum(y, "expert") if split_experts else y
+
+    tokens = tuple(jax.sharding.reshard(x, spec) for x, spec in zip(tokens, rows, strict=True))
+    experts = {name: jax.sharding.reshard(value, weights[name]) for name, value in experts.items()}
+    # check_vma: what was gathered counts as different on every device, so whole results could not be declared whole.
+    return jax.shard_map(local, in_specs=(rows, weights), out_specs=rows[0], check_vma=False)(tokens, experts)
+
+
+def _has(spec: P, axis: str) -> bool:
+    return any(axis == entry or (isinstance(entry, tuple) and axis in entry) for entry in spec)
+
+
+def _whole(weight: jax.Array, spec: P, letters: str, split_f: bool) -> jax.Array:
+    """A device's part of an expert weight, whole along D; one without F is added by the first part of F only."""
+    for dim, entry in enumerate(spec):
+        if entry == "fsdp":
+            weight = jax.lax.all_gather(weight, "fsdp", axis=dim, tiled=True)
+    if split_f and "F" not in letters:
+        weight = jnp.where(jax.lax.axis_index("tensor") == 0, weight, 0)
+    return weight
