@@ -1,58 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over keys and values that may be shared by groups of query heads.
+"""Attention over keys and values that may be shared by groups of query heads, by one of several kernels.
 
-Who may see whom is a `Visibility`: positions and segments of queries and keys, from which the dense mask of a block
-follows. Kernels that build their own masks read the same record.
+`reference_attention` is the definition; it runs everywhere and keeps one weight per query and key. The kernels keep
+none: `attention_splash` on TPU, `attention_cudnn` on NVIDIA GPUs. `attention` calls the one that `choose` names
+(docs/design/008-attention-kernels.md).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from maxkit import mesh
 from maxkit.errors import UserError, nearest
+from maxkit.ops import attention_cudnn, attention_splash
+from maxkit.ops.visibility import WHOLE_ROW, Span, Visibility
 
-KERNELS = ("auto", "reference")
+KERNELS = ("auto", "reference", "cudnn", "splash")
+FASTEST = {"tpu": "splash", "gpu": "cudnn"}  # by platform
 MASKED = -1e30  # finite: a padding query that sees nothing must not become NaN
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
-    """How far back a layer looks: at most `sliding_window - 1` tokens, or not beyond its own `chunk_size` positions."""
+class Call:
+    """What decides between kernels: known before anything is traced.
 
-    sliding_window: int | None = None
-    chunk_size: int | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Visibility:
-    """Positions of queries and keys.
-
-    They are [B, T] and [B, S], segments likewise (0 is padding, equal segments see each other), and an optional
-    extra mask [B, T, S], True where attention is allowed. An empty cache slot has position -1.
+    length: query tokens. own_keys: no cache. widths: of a key head and of a value head. devices: what is compiled for.
     """
 
-    query_positions: jax.Array
-    key_positions: jax.Array
-    query_segments: jax.Array | None = None
-    key_segments: jax.Array | None = None
-    extra: jax.Array | None = None
+    length: int
+    dtype: str
+    widths: tuple[int, int]
+    devices: mesh.Devices
+    own_keys: bool = True
+    segments: bool = True
+    extra_mask: bool = False
+    span: Span = WHOLE_ROW
+    soft_cap: bool = False
+    sinks: bool = False
 
-    def mask(self, span: Span = Span()) -> jax.Array:
-        """[B, T, S] bool: causal, inside the segment, inside the span."""
-        query, key = self.query_positions[:, :, None], self.key_positions[:, None, :]
-        allowed = (key <= query) & (key >= 0)
-        if span.sliding_window is not None:
-            allowed &= key > query - span.sliding_window
-        if span.chunk_size is not None:
-            allowed &= key // span.chunk_size == query // span.chunk_size
-        if self.query_segments is not None:
-            allowed &= self.query_segments[:, :, None] == self.key_segments[:, None, :]
-        if self.extra is not None:
-            allowed &= self.extra
-        return allowed
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The kernel that computes a call, and why that one."""
+
+    kernel: str
+    reason: str
+
+
+def choose(kernel: str, call: Call) -> Choice:
+    """The kernel that `attention(kernel=kernel)` runs for such a call.
+
+    A call with a cache is a reference one whatever the name: kernels are for whole rows.
+
+    Raises:
+        UserError: no such kernel, or it is named and cannot compute this.
+    """
+    if kernel not in KERNELS:
+        raise UserError(f"attention_kernel={kernel!r}: {nearest(kernel, KERNELS)}")
+    if kernel == "reference":
+        return Choice(kernel, "named")
+    if not call.own_keys:
+        return Choice("reference", "keys from a cache")
+    name = FASTEST.get(call.devices.platform) if kernel == "auto" else kernel
+    if name is None:
+        return Choice("reference", f"no kernel for platform {call.devices.platform}")
+    refusal = _WHY_NOT[name](call)
+    if refusal is None:
+        return Choice(name, f"platform {call.devices.platform}" if kernel == "auto" else "named")
+    if kernel == "auto":
+        return Choice("reference", f"not {name}: {refusal}")
+    raise UserError(
+        f"attention_kernel={kernel!r} cannot be used here: {refusal}; attention_kernel=auto takes the best that can"
+    )
+
+
+_WHY_NOT: dict[str, Any] = {"splash": attention_splash.why_not, "cudnn": attention_cudnn.why_not}
 
 
 def attention(
@@ -62,20 +86,46 @@ def attention(
     visibility: Visibility,
     *,
     scale: float,
-    span: Span = Span(),
+    span: Span = WHOLE_ROW,
     mask: jax.Array | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     kernel: str = "reference",
 ) -> jax.Array:
-    """Attention by the kernel of that name; arguments and result as `reference_attention`, which all of them equal.
+    """Attention by the kernel that `choose` names; the other arguments and the result as `reference_attention`.
 
-    visibility, span: who may see whom. mask: `visibility.mask(span)`, where it was computed before for many layers.
+    The kernels equal it up to rounding, except that a row which is not `Visibility.in_order` becomes NaN, where they
+    would otherwise compute something else in silence.
+
+    Args:
+        visibility, span: who may see whom.
+        mask: `visibility.mask(span)`, where it was computed before for many layers.
+
+    Raises:
+        UserError: as `choose`.
     """
-    if kernel not in KERNELS:
-        raise UserError(f"attention_kernel={kernel!r}: {nearest(kernel, KERNELS)}")
-    mask = visibility.mask(span) if mask is None else mask
-    return reference_attention(query, key, value, mask, scale=scale, soft_cap=soft_cap, sinks=sinks)
+    call = Call(
+        length=query.shape[1],
+        dtype=query.dtype.name,
+        widths=(query.shape[-1], value.shape[-1]),
+        devices=mesh.devices_in_force(),
+        own_keys=visibility.own_keys,
+        segments=visibility.query_segments is not None,
+        extra_mask=visibility.extra is not None,
+        span=span,
+        soft_cap=soft_cap is not None,
+        sinks=sinks is not None,
+    )
+    chosen = choose(kernel, call).kernel
+    if chosen == "reference":
+        mask = visibility.mask(span) if mask is None else mask
+        return reference_attention(query, key, value, mask, scale=scale, soft_cap=soft_cap, sinks=sinks)
+    key, value = _as_split(query, key, value)
+    if chosen == "splash":
+        return attention_splash.splash_attention(
+            query, key, value, visibility, scale=scale, span=span, soft_cap=soft_cap, sinks=sinks
+        )
+    return attention_cudnn.cudnn_attention(query, key, value, visibility, scale=scale, span=span, mask=mask)
 
 
 def reference_attention(
@@ -101,8 +151,7 @@ def reference_attention(
         [B, T, N, Hv] in the query's type. A query that may see nothing gets finite values, which nobody uses.
     """
     rows, length, heads, width = query.shape
-    if _heads_split_differently(heads, key.shape[2]):
-        key, value = (_repeat(x, heads // key.shape[2]) for x in (key, value))
+    key, value = _as_split(query, key, value)
     kv_heads = key.shape[2]
     groups = heads // kv_heads
     query = query.reshape(rows, length, kv_heads, groups, width)  # (B, T, K, G, H)
@@ -126,9 +175,12 @@ def _softmax(logits: jax.Array, sinks: jax.Array | None, kv_heads: int, groups: 
     return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - largest))
 
 
-def _heads_split_differently(heads: int, kv_heads: int) -> bool:
-    """True when the mesh divides the query heads but not the kv heads: then each query head gets its own copy."""
-    return mesh.is_sharded("N", heads) and not mesh.is_sharded("K", kv_heads)
+def _as_split(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values, one copy per query head where the mesh divides the query heads but not the kv heads."""
+    heads, kv_heads = query.shape[2], key.shape[2]
+    if mesh.is_sharded("N", heads) and not mesh.is_sharded("K", kv_heads):
+        return _repeat(key, heads // kv_heads), _repeat(value, heads // kv_heads)
+    return key, value
 
 
 def _repeat(x: jax.Array, groups: int) -> jax.Array:
