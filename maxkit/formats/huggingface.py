@@ -2,67 +2,28 @@
 """Hugging Face model folders: config.json, safetensors in one or several files, tokenizer.
 
 `HuggingFaceReader` gives tensors by canonical address, `write_huggingface` writes a folder that transformers
-loads. A config.json key that changes the maths is either read or refused by name. Not here: the tensor names
-(`tables.py`).
+loads. Not here: the tensor names (`tables.py`) and config.json (`hf_config/`).
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from maxkit.data.tokenizer import Tokenizer
-from maxkit.errors import UserError, nearest
+from maxkit.errors import UserError
+from maxkit.formats.hf_config.reader import ARCHITECTURES, config_json, read_config, read_object, special_ids
 from maxkit.formats.safetensors import DTYPE_NAMES, SafetensorsFile, SafetensorsWriter
 from maxkit.formats.tables import Address, Table, find_table
-from maxkit.models.config import ModelConfig, RopeScaling
+from maxkit.models.config import ModelConfig
+
+__all__ = ["ARCHITECTURES", "HuggingFaceReader", "config_json", "read_config", "write_huggingface"]
 
 SHARD_BYTES = 2_000_000_000
-ARCHITECTURES = {"LlamaForCausalLM": "llama"}
-_MODEL_TYPES = {"llama": "llama"}
-_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-# Keys that change the maths and are supported at one value only (absent is that value as well).
-_ONLY = {
-    "quantization_config": None,
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-    "layer_types": None,
-    "sliding_window": None,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-}
-_ROPE_KEYS = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "dynamic": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_max_seq_len",
-    },
-    "yarn": {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_max_seq_len",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "attention_factor": "attention_factor",
-        "mscale": "mscale",
-        "mscale_all_dim": "mscale_all_dim",
-        "truncate": "truncate",
-    },
-}
 
 
 class HuggingFaceReader:
@@ -140,7 +101,7 @@ class HuggingFaceReader:
 
 
 def _shard_names(index: Path) -> list[str]:
-    placed = _read_object(index).get("weight_map")
+    placed = read_object(index).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise UserError(f"{index}: weight_map is missing or not a table of file names")
     names = sorted(set(placed.values()))
@@ -148,180 +109,6 @@ def _shard_names(index: Path) -> list[str]:
         if name != Path(name).name or not name.endswith(".safetensors"):
             raise UserError(f"{index}: {name[:80]!r} is not the name of a safetensors file in the same folder")
     return names
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {str(error)[:120]}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
-
-
-def read_config(path: str | Path) -> ModelConfig:
-    """The architecture that a config.json describes; keys that are absent have the defaults that transformers
-    gives them.
-
-    Raises UserError naming the field that is not supported or not possible.
-    """
-    path = Path(path)
-    raw = _read_object(path)
-    family = _family(raw, path)
-    for key, only in _ONLY.items():
-        if raw.get(key, only) not in (only, None) and not _all_full_attention(key, raw[key]):
-            raise UserError(f"{path}: {key}={str(raw[key])[:80]} is not supported for {family}")
-    activation = str(raw.get("hidden_act") or "silu")
-    if activation not in _ACTIVATIONS:
-        raise UserError(f"{path}: hidden_act={activation!r} is not supported: {nearest(activation, _ACTIVATIONS)}")
-    heads = _number(raw, "num_attention_heads", path, 32)
-    embed_dim = _number(raw, "hidden_size", path, 4096)
-    bias = _flag(raw, "attention_bias", path)
-    theta, scaling = _rope(raw, path)
-    try:
-        return ModelConfig(
-            family=family,
-            vocab_size=_number(raw, "vocab_size", path, 32000),
-            num_layers=_number(raw, "num_hidden_layers", path, 32),
-            embed_dim=embed_dim,
-            mlp_dim=_number(raw, "intermediate_size", path, 11008),
-            num_heads=heads,
-            num_kv_heads=_number(raw, "num_key_value_heads", path, heads),
-            head_dim=_number(raw, "head_dim", path, max(embed_dim // heads, 1)),
-            max_seq_len=_number(raw, "max_position_embeddings", path, 2048),
-            norm_eps=_number(raw, "rms_norm_eps", path, 1e-6, float),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_embeddings=_flag(raw, "tie_word_embeddings", path),
-            attention_bias=bias,
-            attention_out_bias=bias,
-            mlp_bias=_flag(raw, "mlp_bias", path),
-            activation=_ACTIVATIONS[activation],
-        )
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path}: describes no possible model: {' '.join(str(error).splitlines()[1:3])}") from None
-
-
-def _family(raw: dict[str, Any], path: Path) -> str:
-    named = raw.get("architectures")
-    if named:
-        architecture = named[0] if isinstance(named, list) else named
-        found = ARCHITECTURES.get(str(architecture))
-    else:
-        architecture = raw.get("model_type")
-        found = _MODEL_TYPES.get(str(architecture))
-    if found is None:
-        raise UserError(f"{path}: architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}")
-    if raw.get("auto_map"):
-        raise UserError(f"{path}: auto_map names code of its own, so what the model computes cannot be known")
-    return found
-
-
-def _all_full_attention(key: str, value: Any) -> bool:
-    return key == "layer_types" and isinstance(value, list) and set(map(str, value)) == {"full_attention"}
-
-
-def _number(raw: dict[str, Any], key: str, path: Path, default: float, kind: type = int) -> Any:
-    value = raw.get(key)
-    value = default if value is None else value
-    allowed = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < 2**40:
-        raise UserError(f"{path}: {key}={str(value)[:60]} must be a positive {kind.__name__}")
-    return kind(value)
-
-
-def _flag(raw: dict[str, Any], key: str, path: Path) -> bool:
-    value = raw.get(key)
-    if value not in (None, True, False) or isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise UserError(f"{path}: {key}={str(value)[:60]} must be true or false")
-    return bool(value)
-
-
-def _rope(raw: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
-    """RoPE base and scaling, from `rope_scaling` or `rope_parameters` (transformers 5)."""
-    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    given = raw.get(name) or {}
-    if not isinstance(given, dict):
-        raise UserError(f"{path}: {name} must be an object")
-    given = {key: value for key, value in given.items() if value is not None}
-    theta = _number(given if "rope_theta" in given else raw, "rope_theta", path, 10000.0, float)
-    kind = str(given.get("rope_type", given.get("type", "default")))
-    if kind not in _ROPE_KEYS:
-        raise UserError(f"{path}: {name}.rope_type={kind[:60]!r} is not supported: {nearest(kind, _ROPE_KEYS)}")
-    if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: {name}.partial_rotary_factor={given['partial_rotary_factor']} is not supported")
-    known = _ROPE_KEYS[kind]
-    unknown = set(given) - set(known) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if unknown:
-        raise UserError(f"{path}: {name}.{min(unknown)} is not supported for rope_type={kind!r}")
-    if kind == "default":
-        return theta, None
-    fields = {ours: given[theirs] for theirs, ours in known.items() if theirs in given}
-    if "original_max_seq_len" in known.values():
-        # A value beside the rope keys wins over one among them; without either the model was never stretched.
-        outer = raw.get("original_max_position_embeddings")
-        longest = _number(raw, "max_position_embeddings", path, 2048)
-        fields["original_max_seq_len"] = outer or fields.get("original_max_seq_len", longest)
-    missing = {"factor", "low_freq_factor", "high_freq_factor"} & set(known.values()) - set(fields)
-    if missing:
-        raise UserError(f"{path}: {name}.{min(missing)} is missing")
-    try:
-        return theta, RopeScaling.model_validate({"kind": kind, **fields})
-    except ValueError as error:
-        raise UserError(f"{path}: {name} is not possible: {' '.join(str(error).splitlines()[1:3])}") from None
-
-
-def config_json(config: ModelConfig, tokenizer: Tokenizer | None, dtype: str) -> dict[str, Any]:
-    """The config.json of a model, for transformers 4 and 5. Raises UserError for what it cannot say."""
-    if config.attention_bias != config.attention_out_bias:
-        raise UserError("a Hugging Face llama model has biases on all attention projections or on none")
-    if any(block.sliding_window or block.rope_theta for block in config.pattern):
-        raise UserError("a Hugging Face llama model cannot have blocks with a sliding window or their own rope_theta")
-    architecture = {family: name for name, family in ARCHITECTURES.items()}[config.family]
-    rope = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        kind = config.rope_scaling.kind
-        values = {theirs: getattr(config.rope_scaling, ours) for theirs, ours in _ROPE_KEYS[kind].items()}
-        if "original_max_position_embeddings" in values:
-            values["original_max_position_embeddings"] = (
-                values["original_max_position_embeddings"] or config.max_seq_len
-            )
-        elif config.rope_scaling.original_max_seq_len not in (None, config.max_seq_len):
-            raise UserError(f"a Hugging Face model with {kind} RoPE has no original length besides max_seq_len")
-        rope = {"rope_type": kind} | {key: value for key, value in values.items() if value is not None}
-    return {
-        "architectures": [architecture],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.mlp_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope if config.rope_scaling else None,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "hidden_act": "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else config.activation,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-        **_special_ids(tokenizer),
-    }
-
-
-def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    # Written as null where unknown: left out, transformers would take 1 and 2.
-    return {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
 
 
 def write_huggingface(
@@ -437,7 +224,7 @@ def _write_companions(directory: Path, shards: dict, dtype: np.dtype, tokenizer:
         placed = {key: name for name, shapes in shards.items() for key in shapes}
         index = {"metadata": {"total_size": elements * dtype.itemsize}, "weight_map": placed}
         _write_object(directory / "model.safetensors.index.json", index)
-    _write_object(directory / "generation_config.json", {"_from_model_config": True, **_special_ids(tokenizer)})
+    _write_object(directory / "generation_config.json", {"_from_model_config": True, **special_ids(tokenizer)})
     if tokenizer is not None:
         tokenizer.save(directory)
 
