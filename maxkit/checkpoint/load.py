@@ -49,6 +49,9 @@ class Source(Protocol):
     def unused_keys(self) -> list[str]:
         """Stored tensors that the model does not use."""
 
+    def ignored_keys(self) -> dict[str, str]:
+        """Stored tensors that are no part of the model, each with the reason."""
+
     def missing_keys(self) -> list[str]:
         """Tensors that the model needs and that are not stored."""
 
@@ -269,6 +272,7 @@ def read_params(
         unused = sorted(set(source.paths) - set(definition.parameters))
     else:
         unused = source.unused_keys()
+        report += _ignored_lines(source.ignored_keys())
     _check_unexpected(unused, unexpected, report)
     leaves: dict[str, jax.Array] = {}
     if isinstance(source, MaxkitSource):
@@ -302,6 +306,17 @@ def _check_missing(absent: list[Parameter], keys: list[str], policy: Policy, rep
         )
     fill = "its initial value" if policy == "init" else "zeros"
     report += [f"missing, filled with {fill}: {line}" for line in lines]
+
+
+def _ignored_lines(keys: dict[str, str]) -> list[str]:
+    """One line for each reason why stored tensors are not read."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in keys.items():
+        by_reason.setdefault(reason, []).append(key)
+    return [
+        f"not read, {reason}: {', '.join(found[:3])}{f' and {len(found) - 3} more' if found[3:] else ''}"
+        for reason, found in by_reason.items()
+    ]
 
 
 def _check_unexpected(unused: list[str], policy: str, report: list[str]) -> None:

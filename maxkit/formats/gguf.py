@@ -295,13 +295,12 @@ class GGUFReader:
         self.config = _Settings(self.file).model_config()
         self._table: Table = find_table(self.config, self.format)
         self.dtypes = dict(Counter(info.type for info in self.file.tensors.values()))
-        for key, rearrangement in self._table.entries.values():
+        for key, wanted in self._table.shapes().items():
             if key not in self.file.tensors:
                 continue  # the caller decides what a missing tensor means: `missing_keys`
             stored = self.file.tensors[key].shape
-            if stored != rearrangement.foreign_shape:
-                wanted = list(rearrangement.foreign_shape)
-                raise UserError(f"{path}: tensor {key!r} has shape {list(stored)}, the metadata says {wanted}")
+            if stored != wanted:
+                raise UserError(f"{path}: tensor {key!r} has shape {list(stored)}, the metadata says {list(wanted)}")
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer in the metadata, None if there is none. Raises UserError for an unknown kind."""
@@ -309,27 +308,34 @@ class GGUFReader:
 
     def addresses(self) -> list[Address]:
         """Every (canonical path, layer number or None) whose tensor is there."""
-        return [address for address, (key, _) in self._table.entries.items() if key in self.file.tensors]
+        tensors = self.file.tensors
+        return [address for address, place in self._table.entries.items() if all(key in tensors for key in place.keys)]
 
     def missing_keys(self) -> list[str]:
         """Tensors that the model needs and the file lacks."""
-        return [key for key, _ in self._table.entries.values() if key not in self.file.tensors]
+        return [key for key in self._table.shapes() if key not in self.file.tensors]
 
     def shape(self, path: str, layer: int | None = None) -> tuple[int, ...]:
         """The canonical shape of a tensor, without reading it."""
-        return self._table[path, layer][1].canonical_shape
+        return self._table[path, layer].canonical_shape
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """One tensor, dequantised to float32, in canonical orientation."""
-        key, rearrangement = self._table[path, layer]
+        return self._table[path, layer].read(self._fetch)
+
+    def _fetch(self, key: str, row: int | None) -> np.ndarray:
         if key not in self.file.tensors:
             raise UserError(f"{self.path}: tensor {key!r} is missing")
-        return rearrangement.read(self.file.read(key))
+        return self.file.read(key) if row is None else self.file.read(key)[row]
 
     def unused_keys(self) -> list[str]:
-        """Tensors of the file that the model does not use (RoPE factors are in the config)."""
-        used = self._table.keys()
-        return [name for name in self.file.tensors if name not in used and name != _ROPE_FACTORS]
+        """Tensors of the file that the model does not use."""
+        used = {*self._table.shapes(), *self.ignored_keys()}
+        return [name for name in self.file.tensors if name not in used]
+
+    def ignored_keys(self) -> dict[str, str]:
+        """Tensors of the file that are no weights, with the reason."""
+        return {_ROPE_FACTORS: "read into rope_scaling"} if _ROPE_FACTORS in self.file.tensors else {}
 
 
 _ROPE_FACTORS = "rope_freqs.weight"

@@ -6,7 +6,7 @@ loads. Not here: the tensor names (`tables.py`) and config.json (`hf_config/`).
 """
 
 import json
-from collections import Counter
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import numpy as np
 
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.errors import UserError
-from maxkit.formats.hf_config.reader import ARCHITECTURES, config_json, read_config, read_object, special_ids
-from maxkit.formats.safetensors import DTYPE_NAMES, SafetensorsFile, SafetensorsWriter
-from maxkit.formats.tables import Address, Table, find_table
+from maxkit.formats.folder import SafetensorsFolder
+from maxkit.formats.hf_config.reader import ARCHITECTURES, config_json, read_config, special_ids
+from maxkit.formats.safetensors import SafetensorsWriter
+from maxkit.formats.tables import Address, Table, find_spelling, find_table, ignored, respell
 from maxkit.models.config import ModelConfig
 
 __all__ = ["ARCHITECTURES", "HuggingFaceReader", "config_json", "read_config", "write_huggingface"]
@@ -39,37 +40,29 @@ class HuggingFaceReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = read_config(self.path / "config.json")
-        self._files = self._open()
-        if self.config.num_layers > len(self._files):
-            raise UserError(f"{path}: config.json says {self.config.num_layers} layers for {len(self._files)} tensors")
-        self._table: Table = find_table(self.config, self.format)
-        names = {short: long for long, short in DTYPE_NAMES.items()}
-        stored = [file.entries[key].dtype for key, file in self._files.items()]
-        self.dtypes = dict(Counter(names.get(dtype, dtype) for dtype in stored))
-        for key, rearrangement in self._table.entries.values():
-            if key not in self._files:
-                continue  # the caller decides what a missing tensor means: `missing_keys`
-            shape, wanted = self._files[key].entries[key].shape, rearrangement.foreign_shape
-            if shape != wanted:
-                raise UserError(f"{path}: tensor {key!r} has shape {list(shape)}, config.json says {list(wanted)}")
+        self._tensors = SafetensorsFolder(self.path)
+        stored = self._tensors.shapes
+        if self.config.num_layers > len(stored):
+            raise UserError(f"{path}: config.json says {self.config.num_layers} layers for {len(stored)} tensors")
+        self._check_experts(stored)
+        self._spelling = find_spelling(self.config, stored)
+        self._table: Table = find_table(self.config, self.format, stored, self._spelling)
+        self._wanted = self._table.shapes()
+        self.dtypes = self._tensors.dtypes()
+        for key, wanted in self._wanted.items():
+            if key in stored and stored[key] != wanted:  # what a missing one means is the caller's: `missing_keys`
+                raise UserError(
+                    f"{path}: tensor {key!r} has shape {list(stored[key])}, config.json says {list(wanted)}"
+                )
 
-    def _open(self) -> dict[str, SafetensorsFile]:
-        """Every tensor name of the folder, with the file that holds it."""
-        index = self.path / "model.safetensors.index.json"
-        if (self.path / "model.safetensors").is_file():
-            names = ["model.safetensors"]
-        elif index.is_file():
-            names = _shard_names(index)
-        else:
-            raise UserError(f"{self.path}: no model.safetensors and no model.safetensors.index.json (.bin is not read)")
-        found: dict[str, SafetensorsFile] = {}
-        for name in names:
-            file = SafetensorsFile(self.path / name)
-            for key in file.entries:
-                if key in found:
-                    raise UserError(f"{file.path}: tensor {key!r} is also in {found[key].path.name}")
-                found[key] = file
-        return found
+    def _check_experts(self, stored: dict[str, tuple[int, ...]]) -> None:
+        """Refuse more experts than the files can hold before there is a row for each."""
+        if self.config.moe is None:
+            return
+        known = {size for shape in stored.values() if math.prod(shape) for size in shape}
+        count = self.config.moe.num_experts
+        if count not in known or (count > 4096 and count * self.config.num_layers > 4 * len(stored)):
+            raise UserError(f"{self.path}: config.json says {count} experts for {len(stored)} tensors")
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer in the folder, None if there is no tokenizer.json."""
@@ -77,38 +70,36 @@ class HuggingFaceReader:
 
     def addresses(self) -> list[Address]:
         """Every (canonical path, layer number or None) whose tensor is there."""
-        return [address for address, (key, _) in self._table.entries.items() if key in self._files]
+        stored, entries = self._tensors.shapes, self._table.entries
+        return [address for address, place in entries.items() if all(key in stored for key in place.keys)]
 
     def missing_keys(self) -> list[str]:
         """Tensors that the model needs and the folder lacks."""
-        return [key for key, _ in self._table.entries.values() if key not in self._files]
+        return [key for key in self._wanted if key not in self._tensors.shapes]
 
     def shape(self, path: str, layer: int | None = None) -> tuple[int, ...]:
         """The canonical shape of a tensor, without reading it."""
-        return self._table[path, layer][1].canonical_shape
+        return self._table[path, layer].canonical_shape
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """One tensor in canonical orientation and stored dtype, as an array of its own."""
-        key, rearrangement = self._table[path, layer]
-        if key not in self._files:
-            raise UserError(f"{self.path}: tensor {key!r} is missing")
-        return rearrangement.read(self._files[key].read(key))
+        return self._table[path, layer].read(self._tensors.read)
 
     def unused_keys(self) -> list[str]:
-        """Tensors of the folder that the model does not use."""
-        used = self._table.keys()
-        return [key for key in self._files if key not in used]
+        """Tensors of the folder that the model does not use and that nothing is known about."""
+        return [key for key, reason in self._others().items() if reason is None]
 
+    def ignored_keys(self) -> dict[str, str]:
+        """Tensors of the folder that are no part of the model, each with the reason."""
+        return {key: reason for key, reason in self._others().items() if reason is not None}
 
-def _shard_names(index: Path) -> list[str]:
-    placed = read_object(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
-        raise UserError(f"{index}: weight_map is missing or not a table of file names")
-    names = sorted(set(placed.values()))
-    for name in names:
-        if name != Path(name).name or not name.endswith(".safetensors"):
-            raise UserError(f"{index}: {name[:80]!r} is not the name of a safetensors file in the same folder")
-    return names
+    def _others(self) -> dict[str, str | None]:
+        others = [key for key in self._tensors.shapes if key not in self._wanted]
+        found = {key: ignored(self.config, key, self._spelling) for key in others}
+        head, table = respell("lm_head.weight", self._spelling), self._table["embed/table", None].keys[0]
+        if head in found and self.config.tie_embeddings and self._tensors.equal(head, table):
+            found[head] = "the embedding table once more"
+        return found
 
 
 def write_huggingface(
@@ -184,12 +175,12 @@ def _plan(table: Table, dtype: np.dtype, shard_bytes: int) -> dict[str, dict[str
     """File name -> tensors with their shapes; a file is closed before it would exceed `shard_bytes`."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
-    for key, rearrangement in table.entries.values():
-        size = int(np.prod(rearrangement.foreign_shape, dtype=np.int64)) * dtype.itemsize
+    for key, shape in table.shapes().items():
+        size = math.prod(shape) * dtype.itemsize
         if shards[-1] and used + size > shard_bytes:
             shards.append({})
             used = 0
-        shards[-1][key] = rearrangement.foreign_shape
+        shards[-1][key] = shape
         used += size
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
@@ -199,20 +190,23 @@ def _plan(table: Table, dtype: np.dtype, shard_bytes: int) -> dict[str, dict[str
 def _write_leaves(leaves: _Leaves, table: Table, writers: dict[str, SafetensorsWriter], dtype: str | None) -> None:
     written = set()
     for path, layer, array in leaves:
-        key, rearrangement = table[path, layer]
-        if key in written:
+        place = table[path, layer]
+        if (path, layer) in written:
             raise UserError(f"tensor {path!r} (layer {layer}) was given twice")
-        array = np.asarray(array)
-        if array.shape != rearrangement.canonical_shape:
-            wanted = list(rearrangement.canonical_shape)
-            raise UserError(f"tensor {path!r} (layer {layer}) has shape {list(array.shape)}, the config says {wanted}")
-        if dtype is None and array.dtype != writers[key].dtype:
-            raise UserError(
-                f"tensor {path!r} is {array.dtype.name}, others are {writers[key].dtype.name}: give a dtype"
-            )
-        writers[key].write(key, rearrangement.write(array).astype(writers[key].dtype, copy=False))
-        written.add(key)
-    missing = [address for address, (key, _) in table.entries.items() if key not in written]
+        array, wanted = np.asarray(array), writers[place.keys[0]].dtype
+        if array.shape != place.canonical_shape:
+            shape = list(place.canonical_shape)
+            raise UserError(f"tensor {path!r} (layer {layer}) has shape {list(array.shape)}, the config says {shape}")
+        if dtype is None and array.dtype != wanted:
+            raise UserError(f"tensor {path!r} is {array.dtype.name}, others are {wanted.name}: give a dtype")
+        for number, key in enumerate(place.keys):
+            # A tensor that other leaves are part of as well is read back, filled and written again: in any order of
+            # the leaves no more than one is in memory.
+            target = np.empty(place.foreign_shape, wanted) if place.is_whole else writers[key].read_back(key)
+            place.write_into(target, array, number)
+            writers[key].write(key, target)
+        written.add((path, layer))
+    missing = [address for address in table.entries if address not in written]
     if missing:
         names = ", ".join(path if layer is None else f"{path} (layer {layer})" for path, layer in missing[:5])
         raise UserError(f"{len(missing)} tensors of the model were not given: {names}{', ...' if missing[5:] else ''}")

@@ -26,6 +26,8 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# What quantised weights are made of; see `SafetensorsFile.parts`.
+_PARTS = {"U8": np.dtype(np.uint8), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), **_DTYPES}
 _OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                 "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 DTYPE_NAMES = {dtype.name: name for name, dtype in _DTYPES.items()}
@@ -101,8 +103,14 @@ class SafetensorsFile:
                 f"{self.path}: tensor {name!r} is stored as {entry.dtype}; supported are "
                 f"{', '.join(_DTYPES)}. Use an unquantised copy of the model"
             )
-        dtype = _DTYPES[entry.dtype]
-        flat = np.frombuffer(self._data, dtype, count=math.prod(entry.shape), offset=entry.start)
+        return self.parts(name)
+
+    def parts(self, name: str) -> np.ndarray:
+        """As `read`, also of the bytes and 8-bit floats that quantised weights are stored in."""
+        entry = self.entries[name]
+        if entry.dtype not in _PARTS:
+            raise UserError(f"{self.path}: tensor {name!r} is stored as {entry.dtype}, which no weight is made of")
+        flat = np.frombuffer(self._data, _PARTS[entry.dtype], count=math.prod(entry.shape), offset=entry.start)
         return flat.reshape(entry.shape)
 
 
@@ -126,7 +134,7 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)  # tensors begin aligned
         self._begin = 8 + len(text)
         self._finished = False
-        self._stream = open(self._partial, "wb")
+        self._stream = open(self._partial, "w+b")
         self._stream.write(len(text).to_bytes(8, "little") + text)
         self._stream.truncate(self._begin + end)
 
@@ -136,6 +144,15 @@ class SafetensorsWriter:
         assert array.shape == shape and array.dtype == self.dtype, (name, array.shape, array.dtype)
         self._stream.seek(self._begin + start)
         self._stream.write(np.ascontiguousarray(array).view(np.uint8).data)
+
+    def read_back(self, name: str) -> np.ndarray:
+        """What was written of one tensor, zeros before the first time: to fill it part by part."""
+        start, shape = self._places[name]
+        self._stream.seek(self._begin + start)
+        data = bytearray(math.prod(shape) * self.dtype.itemsize)
+        read = self._stream.readinto(data)
+        assert read == len(data), (name, read)
+        return np.frombuffer(data, self.dtype).reshape(shape)
 
     def finish(self) -> None:
         """Flush to disk and rename into place."""
