@@ -251,7 +251,7 @@ def devices_in_force() -> Devices:
     if device is not None:
         platform = device.platform
     else:
-        default = jax.config.jax_default_device
+        default = getattr(jax.config, "jax_default_device", None)
         platform = getattr(default, "platform", default) or jax.default_backend()
     capability = None
     if platform == "gpu" and jax.default_backend() == "gpu":

@@ -4,17 +4,17 @@
 The functions carry the names of their files, so they are imported at once: a lazy name would be shadowed by its module.
 """
 
-from maxkit.ops.attention import Call, Choice, attention, choose, reference_attention
+from maxkit.ops.attention import AttentionCall, KernelChoice, attention, choose_kernel, reference_attention
 from maxkit.ops.cross_entropy import cross_entropy
 from maxkit.ops.visibility import Span, Visibility
 
 __all__ = [
-    "Call",
-    "Choice",
+    "AttentionCall",
+    "KernelChoice",
     "Span",
     "Visibility",
     "attention",
-    "choose",
+    "choose_kernel",
     "cross_entropy",
     "reference_attention",
 ]

@@ -2,7 +2,7 @@
 """Attention over keys and values that may be shared by groups of query heads, by one of several kernels.
 
 `reference_attention` is the definition; it runs everywhere and keeps one weight per query and key. The kernels keep
-none: `attention_splash` on TPU, `attention_cudnn` on NVIDIA GPUs. `attention` calls the one that `choose` names
+none: `attention_splash` on TPU, `attention_cudnn` on NVIDIA GPUs. `attention` calls the one that `choose_kernel` names
 (docs/design/008-attention-kernels.md).
 """
 
@@ -23,7 +23,7 @@ MASKED = -1e30  # finite: a padding query that sees nothing must not become NaN
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """What decides between kernels: known before anything is traced.
 
     length: query tokens. own_keys: no cache. widths: of a key head and of a value head. devices: what is compiled for.
@@ -42,14 +42,14 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """The kernel that computes a call, and why that one."""
 
     kernel: str
     reason: str
 
 
-def choose(kernel: str, call: Call) -> Choice:
+def choose_kernel(kernel: str, call: AttentionCall) -> KernelChoice:
     """The kernel that `attention(kernel=kernel)` runs for such a call.
 
     A call with a cache is a reference one whatever the name: kernels are for whole rows.
@@ -60,17 +60,17 @@ def choose(kernel: str, call: Call) -> Choice:
     if kernel not in KERNELS:
         raise UserError(f"attention_kernel={kernel!r}: {nearest(kernel, KERNELS)}")
     if kernel == "reference":
-        return Choice(kernel, "named")
+        return KernelChoice(kernel, "named")
     if not call.own_keys:
-        return Choice("reference", "keys from a cache")
+        return KernelChoice("reference", "keys from a cache")
     name = FASTEST.get(call.devices.platform) if kernel == "auto" else kernel
     if name is None:
-        return Choice("reference", f"no kernel for platform {call.devices.platform}")
+        return KernelChoice("reference", f"no kernel for platform {call.devices.platform}")
     refusal = _WHY_NOT[name](call)
     if refusal is None:
-        return Choice(name, f"platform {call.devices.platform}" if kernel == "auto" else "named")
+        return KernelChoice(name, f"platform {call.devices.platform}" if kernel == "auto" else "named")
     if kernel == "auto":
-        return Choice("reference", f"not {name}: {refusal}")
+        return KernelChoice("reference", f"not {name}: {refusal}")
     raise UserError(
         f"attention_kernel={kernel!r} cannot be used here: {refusal}; attention_kernel=auto takes the best that can"
     )
@@ -92,7 +92,7 @@ def attention(
     sinks: jax.Array | None = None,
     kernel: str = "reference",
 ) -> jax.Array:
-    """Attention by the kernel that `choose` names; the other arguments and the result as `reference_attention`.
+    """Attention by the kernel that `choose_kernel` names; the other arguments and the result as `reference_attention`.
 
     The kernels equal it up to rounding, except that a row which is not `Visibility.in_order` becomes NaN, where they
     would otherwise compute something else in silence.
@@ -102,9 +102,9 @@ def attention(
         mask: `visibility.mask(span)`, where it was computed before for many layers.
 
     Raises:
-        UserError: as `choose`.
+        UserError: as `choose_kernel`.
     """
-    call = Call(
+    call = AttentionCall(
         length=query.shape[1],
         dtype=query.dtype.name,
         widths=(query.shape[-1], value.shape[-1]),
@@ -116,7 +116,7 @@ def attention(
         soft_cap=soft_cap is not None,
         sinks=sinks is not None,
     )
-    chosen = choose(kernel, call).kernel
+    chosen = choose_kernel(kernel, call).kernel
     if chosen == "reference":
         mask = visibility.mask(span) if mask is None else mask
         return reference_attention(query, key, value, mask, scale=scale, soft_cap=soft_cap, sinks=sinks)

@@ -14,10 +14,10 @@ from maxkit import mesh
 from maxkit.ops.visibility import WHOLE_ROW, Span, Visibility
 
 if typing.TYPE_CHECKING:
-    from maxkit.ops.attention import Call
+    from maxkit.ops.attention import AttentionCall
 
 
-def why_not(call: "Call") -> str | None:
+def why_not(call: "AttentionCall") -> str | None:
     """What hinders cuDNN here, None if nothing does."""
     if call.devices.platform != "gpu" or (call.devices.compute_capability or 0) < 8:
         return "cuDNN's flash attention runs on NVIDIA GPUs of compute capability 8.0 or higher, and this is none"

@@ -17,12 +17,12 @@ from maxkit import mesh
 from maxkit.ops.visibility import WHOLE_ROW, Span, Visibility
 
 if typing.TYPE_CHECKING:
-    from maxkit.ops.attention import Call
+    from maxkit.ops.attention import AttentionCall
 
 BLOCKS = (512, 384, 256, 128)  # multiples of a TPU's 128 lanes; the first that pads least is taken
 
 
-def why_not(call: "Call") -> str | None:
+def why_not(call: "AttentionCall") -> str | None:
     """What hinders splash here, None if nothing does."""
     if call.devices.platform != "tpu":
         return f"splash runs on TPU, not on {call.devices.platform}"

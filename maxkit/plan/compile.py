@@ -18,6 +18,7 @@ from maxkit import build
 from maxkit import mesh as meshes
 from maxkit.config import RecipeConfig, resolve
 from maxkit.errors import UserError
+from maxkit.models.kernels import attention_kernels
 from maxkit.plan import hlo, topology
 from maxkit.plan.abstract import abstract_batch, abstract_state, blueprint, device_bytes
 from maxkit.plan.report import Memory, Plan
@@ -38,6 +39,7 @@ def compile_plan(cfg: RecipeConfig, topology_name: str) -> Plan:
     build.check_mesh(cfg, made.definition, mesh)
     with jax.set_mesh(mesh):
         state, batch = abstract_state(made, mesh), abstract_batch(cfg, mesh)
+        kernels = attention_kernels(made.definition.config, made.definition.execution, cfg.seq_len)
         compiled, refusal, seconds = _compile(made, cfg, state, batch)
     memory = Memory(
         params=device_bytes((state.params, state.base)),
@@ -69,6 +71,7 @@ def compile_plan(cfg: RecipeConfig, topology_name: str) -> Plan:
         versions=_versions(),
         flops_per_step=flops,
         least_seconds_per_step=least_seconds,
+        attention=tuple(kernels),
     )
 
 

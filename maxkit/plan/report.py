@@ -38,6 +38,7 @@ class Plan:
     flops_per_step: over all devices, counted from the architecture, see `FLOPS_FORMULA`.
     least_seconds_per_step: flops_per_step at the published dense bfloat16 peak: a bound, no prediction.
         None where no peak is known.
+    attention: which kernels compute it, in how many layers, and why.
     """
 
     recipe: str
@@ -60,6 +61,7 @@ class Plan:
     unsharded: tuple[str, ...]
     seconds: dict[str, float]
     versions: dict[str, str]
+    attention: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -69,7 +71,9 @@ class Plan:
     def from_dict(record: dict[str, Any]) -> "Plan":
         """The inverse of `to_dict`."""
         collectives = tuple(Collective(**one) for one in record["collectives"])
-        rest = {"memory": Memory(**record["memory"]), "unsharded": tuple(record["unsharded"])}
+        rest = {"memory": Memory(**record["memory"])} | {
+            name: tuple(record[name]) for name in ("unsharded", "attention")
+        }
         return Plan(**record | rest | {"collectives": collectives})
 
     def lines(self) -> list[str]:
@@ -81,6 +85,7 @@ class Plan:
             + "".join(f", {name}={value}" for name, value in self.parameters.items()),
             f"{self.num_devices} x {self.device_kind}, mesh {self.mesh}",
             *(f"  {line}" for line in self.unsharded),
+            *(f"attention: {line}" for line in self.attention),
             "",
             *self._memory_lines(),
             "",
