@@ -23,7 +23,8 @@ class RopeKeys:
 
     theta, partial: the class's defaults; partial None where the class turns all of a head. by_layer_type: full and
     sliding layers have tables of their own, the sliding ones with the default base `local_theta`, which `local_key`
-    changes in the old spelling.
+    changes in the old spelling. table: the class's own scaling where the file has no RoPE at all. original: the class's
+    own length before scaling, which stands beside the table and so wins. names: other names of kinds.
     """
 
     theta: float = 10000.0
@@ -31,6 +32,9 @@ class RopeKeys:
     by_layer_type: bool = False
     local_theta: float = 10000.0
     local_key: str | None = None
+    table: dict[str, Any] | None = None
+    original: int | None = None
+    names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from maxkit.errors import UserError, nearest
-from maxkit.formats.hf_config import dense, gemma, keys, rope
+from maxkit.formats.hf_config import dense, experts, gemma, hybrid, keys, latent, layer_norm, rope
 from maxkit.formats.hf_config.family import Family
 from maxkit.models.config import ModelConfig, compress
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (*dense.FAMILIES, *gemma.FAMILIES)}
+_GROUPS = (dense, gemma, experts, latent, hybrid, layer_norm)
+FAMILIES: dict[str, Family] = {family.name: family for group in _GROUPS for family in group.FAMILIES}
 _WRAPPERS = {family.wrapper[0]: family for family in FAMILIES.values() if family.wrapper}
 ARCHITECTURES: dict[str, str] = {
     **{family.architecture: family.name for family in FAMILIES.values()},
@@ -177,6 +178,8 @@ def _values(raw: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
                 raise UserError(f"{where}: {other}={str(value)[:60]} differs from {name}={str(raw[name])[:60]}")
     values: dict[str, Any] = {}
     for name, key in family.keys.items():
+        if name not in raw and key.default is keys.REQUIRED:
+            raise UserError(f"{where}: {name} is missing")
         if name not in raw or (raw[name] is None and key.default is None):
             values[name] = key.default
         elif raw[name] is None and key.nullable:
@@ -191,19 +194,28 @@ def _values(raw: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
 
 def _rope(raw: dict[str, Any], family: Family, longest: int, where: str) -> Any:
     spelled = family.rope
-    assert spelled is not None
+    if spelled.table and not raw.get("rope_scaling") and raw.get("rope_parameters") is None:
+        raw = raw | {"rope_parameters": spelled.table}
     if spelled.by_layer_type:
         bases = {"full_attention": spelled.theta, "sliding_attention": spelled.local_theta}
         return rope.read_by_type(raw, where, theta=bases, local_key=spelled.local_key, longest=longest)
+    if spelled.original and raw.get("original_max_position_embeddings") is None:
+        raw = raw | {"original_max_position_embeddings": spelled.original}
+    for name in ("rope_scaling", "rope_parameters"):
+        given = raw.get(name)
+        kind = given.get("rope_type", given.get("type")) if isinstance(given, dict) else None
+        if isinstance(kind, str) and kind in spelled.names:
+            raw = raw | {name: given | {"rope_type": spelled.names[kind]}}
     return rope.read(raw, where, theta=spelled.theta, partial=spelled.partial, longest=longest)
 
 
 def _fields(values: dict[str, Any], family: Family) -> dict[str, Any]:
     """The fields of `ModelConfig`, nested ones as tables."""
-    fields: dict[str, Any] = {"family": family.name, **family.always}
+    fields: dict[str, Any] = {"family": family.name}
+    _merge(fields, family.always)
     for name, key in family.keys.items():
         if key.direct and values[name] is not None:
-            fields[key.feeds] = values[name]
+            _merge(fields, _nested(key.feeds, values[name]))
     fields.setdefault("num_kv_heads", fields["num_heads"])
     fields.setdefault("head_dim", max(fields["embed_dim"] // fields["num_heads"], 1))
     if family.rope is not None and not family.rope.by_layer_type:
@@ -211,11 +223,35 @@ def _fields(values: dict[str, Any], family: Family) -> dict[str, Any]:
         if values["rope"].partial != 1.0:
             fields["rope_dim"] = int(fields["head_dim"] * values["rope"].partial)
     if family.fields is not None:
-        fields |= family.fields(values | {"fields": fields})
-    blocks = fields.pop("blocks", None)
+        _merge(fields, family.fields(values | {"fields": fields}))
     if fields.get("rope_dim") == fields["head_dim"]:
         fields.pop("rope_dim")
+    blocks = fields.pop("blocks", None)
+    _check_longrope(fields)
     return fields | (compress(blocks) if blocks is not None else {})
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    """{"moe": {"num_experts": value}} of "moe.num_experts"."""
+    outer, _, inner = path.partition(".")
+    return {outer: {inner: value} if inner else value}
+
+
+def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add `more` to `into`, table by table."""
+    for name, value in more.items():
+        both = isinstance(value, dict) and isinstance(into.get(name), dict)
+        into[name] = into[name] | value if both else value
+
+
+def _check_longrope(fields: dict[str, Any]) -> None:
+    scaling = fields.get("rope_scaling")
+    if scaling is None or scaling.kind != "longrope":
+        return
+    turned = fields["mla"]["rope_head_dim"] if "mla" in fields else fields.get("rope_dim", fields["head_dim"])
+    for name in ("short_factor", "long_factor"):
+        if len(getattr(scaling, name)) * 2 != turned:
+            raise ValueError(f"rope_scaling.{name} must have {turned // 2} entries, one per pair that is turned")
 
 
 def config_json(config: ModelConfig, tokenizer: Any, dtype: str) -> dict[str, Any]:
@@ -231,8 +267,8 @@ def config_json(config: ModelConfig, tokenizer: Any, dtype: str) -> dict[str, An
         raise UserError(f"family {config.family!r} has no config.json: {nearest(config.family, FAMILIES)}")
     written: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type or family.name}
     for name, key in family.keys.items():
-        if key.direct:
-            value = getattr(config, key.feeds)
+        value = _get(config, key.feeds) if key.direct else None
+        if value is not None or (key.direct and key.nullable):
             written[name] = keys.write_activation(value) if key.feeds == "activation" else value
     if family.rope is not None and not family.rope.by_layer_type:
         written |= rope.flat_keys(config)
@@ -250,6 +286,14 @@ def config_json(config: ModelConfig, tokenizer: Any, dtype: str) -> dict[str, An
             f"would mean {str(getattr(said, name))[:120]}"
         )
     return written | {"torch_dtype": dtype, "dtype": dtype, **special_ids(tokenizer)}
+
+
+def _get(config: ModelConfig, path: str) -> Any:
+    """A field, also of a nested config; None where that is not there."""
+    found: Any = config
+    for name in path.split("."):
+        found = None if found is None else getattr(found, name)
+    return found
 
 
 def special_ids(tokenizer: Any) -> dict[str, int | None]:
