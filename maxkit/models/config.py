@@ -58,6 +58,7 @@ class MlaConfig(Frozen):
     nope_head_dim: int = Field(gt=0)
     rope_head_dim: int = Field(gt=0)
     v_head_dim: int = Field(gt=0)
+    norm_eps: float = Field(1e-6, description="of the norms of the two latents")
 
 
 class MoeConfig(Frozen):
@@ -167,7 +168,9 @@ class ModelConfig(Frozen):
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rope_dim: int | None = Field(None, gt=0, description="how many dimensions of a head are turned; None: all")
-    rope_interleaved: bool = Field(False, description="neighbouring dimensions form a pair, not dimension i and i + H/2")
+    rope_interleaved: bool = Field(
+        False, description="neighbouring dimensions form a pair, not dimension i and i + H/2"
+    )
 
     tie_embeddings: bool = False
     embedding_scale: float | None = Field(None, description="factor on the embedded tokens")
@@ -214,7 +217,9 @@ class ModelConfig(Frozen):
         if self.mla and self.head_dim != self.mla.nope_head_dim + self.mla.rope_head_dim:
             raise ValueError(f"head_dim={self.head_dim} must be mla.nope_head_dim + mla.rope_head_dim")
         for field, needed in (("moe", "mlp"), ("gated_delta", "mixer")):
-            if getattr(self, field) is None and any(getattr(block, needed) == field for block in self.blocks):
+            if getattr(self, field) is None and any(
+                getattr(b, needed) == field for b in self.leading_blocks + self.pattern
+            ):
                 raise ValueError(f"the pattern has a block with {needed}={field!r}, but {field} is not given")
         return self
 
@@ -230,13 +235,13 @@ class ModelConfig(Frozen):
         repeats = -(-rest // len(self.pattern))
         return self.leading_blocks + (self.pattern * repeats)[:rest]
 
-    def layer_groups(self) -> tuple[LayerGroup, ...]:
+    def layer_groups(self, scan_layers: bool = True) -> tuple[LayerGroup, ...]:
         """The blocks as the fewest patterns that repeat: what is compiled, stacked and scanned.
 
-        The group with most layers is `layers`; those before it are `first_layers`, those after it `last_layers`,
-        numbered from the second on (`last_layers_2`).
+        Not scanned, all blocks are one group. The group with most layers is `layers`; those before it are
+        `first_layers`, those after it `last_layers`, numbered from the second on (`last_layers_2`).
         """
-        pieces = _segments(self.blocks)
+        pieces = _segments(self.blocks) if scan_layers else ((self.blocks, 1),)
         main = max(range(len(pieces)), key=lambda i: len(pieces[i][0]) * pieces[i][1])
         groups, first = [], 0
         for i, (pattern, repeats) in enumerate(pieces):
@@ -259,7 +264,7 @@ def compress(blocks: tuple[BlockSpec, ...]) -> dict[str, tuple[BlockSpec, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _segments(blocks: tuple[BlockSpec, ...]) -> tuple[tuple[tuple[BlockSpec, ...], int], ...]:
-    """`blocks` cut into (pattern, repeats) at the least cost: one for each block of a pattern and one for each piece."""
+    """`blocks` cut into (pattern, repeats) at the least cost: one for each block of a pattern, one for each piece."""
     best = [(0, 0, 0)]  # of the first i blocks: cost, minus the start of the last piece, its period
     for end in range(1, len(blocks) + 1):
         options = []

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder: embedding, layer groups, final norm, head. One class for every family.
 
-- Pre-norm residual blocks: x + attention(norm(x)), then x + mlp(norm(x)).
-- RMS norms and softmax in float32; activations in `Execution.dtype`; logits always float32.
-- RoPE in float32. No dropout, no biases unless the config says so.
+- A block is a mixer (attention, latent attention, gated delta rule) and an MLP (dense or a mixture of experts), each a
+  branch of the residual stream, normalised before, after or both.
+- Norms, router and softmax in float32; RoPE in float32; activations in `Execution.dtype`; logits always float32.
+- What differs between families is data: `ModelConfig`. No dropout.
 - A group's blocks run under `lax.scan` over stacked weights (axis 0), or one after another with weights of their own:
   the same code, the same values.
 
@@ -17,31 +18,68 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxkit import mesh, ops
-from maxkit.models.attention import Attention, Context, write
+from maxkit.models.attention import Attention, CacheShapes, Context, LayerCache, write
 from maxkit.models.config import BlockSpec, Execution, LayerGroup, ModelConfig
-from maxkit.models.layers import Embedding, GatedMlp, Make, RMSNorm, normal
-from maxkit.models.rope import rotations
+from maxkit.models.gated_delta import GatedDelta
+from maxkit.models.layers import Embedding, Make, Mlp, Norm, normal, zeros
+from maxkit.models.mla import LatentAttention
+from maxkit.models.moe import Moe
 from maxkit.types import Cache, Hidden
 
-LayerCache = dict[str, jax.Array]
+Statistics = dict[str, jax.Array]
 
 
 class Block(nnx.Module):
     """One transformer layer."""
 
-    def __init__(self, config: ModelConfig, spec: BlockSpec, make: Make):
-        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps, make.at("attention_norm"))
-        self.attention = Attention(config, spec, make.at("attention"))
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, make.at("mlp_norm"))
-        self.mlp = GatedMlp(config, make.at("mlp"))
+    def __init__(self, config: ModelConfig, execution: Execution, spec: BlockSpec, make: Make):
+        self.parallel, self.residual_scale = config.parallel_branches, config.residual_scale
+        before, after = config.norm_placement in ("pre", "both"), config.norm_placement in ("post", "both")
+
+        def norm(name: str, present: bool) -> Norm | None:
+            return Norm(config, (config.embed_dim,), "D", make.at(name)) if present else None
+
+        self.attention_norm = norm("attention_norm", before)
+        self.mlp_norm = norm("mlp_norm", before and self.parallel != "one_norm")
+        self.attention_out_norm, self.mlp_out_norm = norm("attention_out_norm", after), norm("mlp_out_norm", after)
+        name = mixer_name(spec)
+        setattr(self, name, mixer_class(config, spec)(config, spec, make.at(name)))
+        self.mixer = name
+        make = make.at("mlp")
+        self.mlp = Moe(config, execution, make) if spec.mlp == "moe" else Mlp(config, make)
 
     def __call__(
         self, x: jax.Array, context: Context, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, LayerCache | None, Statistics]:
         """From x [B, T, D]: the new x, the layer's cache, and its statistics."""
-        attended, cache = self.attention(self.attention_norm(x), context, cache)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache, {}
+        attended, cache = getattr(self, self.mixer)(_through(self.attention_norm, x), context, cache)
+        attended = self.residual_scale * _through(self.attention_out_norm, attended)
+        if self.parallel == "no":
+            x = x + attended
+            fed, stats = self._mlp(_through(self.mlp_norm, x), context)
+            return x + self.residual_scale * _through(self.mlp_out_norm, fed), cache, stats
+        norm = self.attention_norm if self.parallel == "one_norm" else self.mlp_norm
+        fed, stats = self._mlp(_through(norm, x), context)
+        return x + attended + self.residual_scale * _through(self.mlp_out_norm, fed), cache, stats
+
+    def _mlp(self, x: jax.Array, context: Context) -> tuple[jax.Array, Statistics]:
+        return self.mlp(x, context) if isinstance(self.mlp, Moe) else (self.mlp(x), {})
+
+
+def _through(norm: Norm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
+
+
+def mixer_name(spec: BlockSpec) -> str:
+    """Where a block keeps its mixer."""
+    return "delta" if spec.mixer == "gated_delta" else "attention"
+
+
+def mixer_class(config: ModelConfig, spec: BlockSpec) -> type[Attention | LatentAttention | GatedDelta]:
+    """What mixes the tokens of a block."""
+    if spec.mixer == "gated_delta":
+        return GatedDelta
+    return LatentAttention if config.mla is not None else Attention
 
 
 class Group(nnx.Module):
@@ -53,30 +91,31 @@ class Group(nnx.Module):
         names = []
         for j, spec in enumerate(group.pattern):
             numbers = group.layer_numbers(j)
-            if self.scan:
-                setattr(self, f"block_{j}", Block(config, spec, make.for_layers(numbers, stacked=True)))
-                names.append((numbers[0], f"block_{j}"))
-                continue
-            for number in numbers:
-                setattr(self, f"layer_{number}", Block(config, spec, make.for_layers((number,), stacked=False)))
-                names.append((number, f"layer_{number}"))
-        self.names = tuple(name for _, name in sorted(names))
+            name = f"block_{j}" if self.scan else f"layer_{numbers[0]}"
+            setattr(self, name, Block(config, execution, spec, make.for_layers(numbers, stacked=self.scan)))
+            names.append(name)
+        self.names = tuple(names)
 
     def __call__(
         self, x: jax.Array, context: Context, caches: list[LayerCache] | None
-    ) -> tuple[jax.Array, list[LayerCache] | None, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, list[LayerCache] | None, Statistics]:
         """Run x through all layers; caches in the order of `names`, stacked on axis 0 when scanned."""
         blocks = [getattr(self, name) for name in self.names]
         given = caches if caches is not None else [None] * len(blocks)
-        if not self.scan:
-            out = []
-            for block, cache in zip(blocks, given, strict=True):
-                graphdef, state = nnx.split(block)
-                x, cache, aux = self._remat(lambda x, s, c, g=graphdef: nnx.merge(g, s)(x, context, c))(x, state, cache)
-                out.append((cache, aux))
-            new, aux = [c for c, _ in out], [a for _, a in out]
-            aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
-            return x, new if caches is not None else None, aux
+        x, new, stats = (self._scanned if self.scan else self._unrolled)(blocks, x, context, given)
+        return x, new if caches is not None else None, stats
+
+    def _unrolled(self, blocks, x, context, caches):
+        new, stats = [], []
+        for block, cache in zip(blocks, caches, strict=True):
+            graphdef, state = nnx.split(block)
+            run = self._remat(lambda x, state, cache, g=graphdef: nnx.merge(g, state)(x, context, cache))
+            x, cache, stat = run(x, state, cache)
+            new.append(cache)
+            stats.append(stat)
+        return x, new, _stacked(stats)
+
+    def _scanned(self, blocks, x, context, caches):
         graphdef, state = nnx.split(blocks)
 
         def body(carry, layer):
@@ -84,15 +123,15 @@ class Group(nnx.Module):
             (x, caches), (state, number) = carry, layer
             new, stats = [], []
             for block, cache in zip(nnx.merge(graphdef, state), caches, strict=True):
-                x, cache, aux = block(x, dataclasses.replace(context, layer=number), cache)
+                x, cache, stat = block(x, dataclasses.replace(context, layer=number), cache)
                 new.append(cache)
-                stats.append(aux)
-            return (x, new), jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
+                stats.append(stat)
+            return (x, new), _stacked(stats)
 
         numbers = jnp.arange(self.repeats, dtype=jnp.int32)
-        (x, new), aux = jax.lax.scan(self._remat(body), (x, given), (state, numbers))
-        aux = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)  # (repeats, P, ...) -> (L, ...)
-        return x, new if caches is not None else None, aux
+        (x, new), stats = jax.lax.scan(self._remat(body), (x, caches), (state, numbers))
+        # (repeats, blocks that have it, ...) -> (layers that have it, ...), in the order of the layers
+        return x, new, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stats)
 
     def _remat(self, function):
         if self.remat_policy == "none":
@@ -103,17 +142,27 @@ class Group(nnx.Module):
         return jax.checkpoint(function, policy=policy, prevent_cse=not self.scan)
 
 
+def _stacked(stats: list[Statistics]) -> Statistics:
+    """{name: [layers that have it, ...]} from the statistics of one layer after the other."""
+    names = dict.fromkeys(name for stat in stats for name in stat)
+    return {name: jnp.stack([stat[name] for stat in stats if name in stat]) for name in names}
+
+
 class Decoder(nnx.Module):
     """A causal language model: `model(tokens, ...) -> (logits, cache)`, also exactly what Tunix calls."""
 
     def __init__(self, config: ModelConfig, execution: Execution, make: Make):
         self.config, self.execution = config, execution
-        self.groups = tuple(group.name for group in config.layer_groups())
         self.embed = Embedding(config.vocab_size, config.embed_dim, make.at("embed"))
-        for group in config.layer_groups():
-            setattr(self, group.name, Group(config, execution, group, make.at(group.name)))
-        self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, make.at("final_norm"))
-        self.output = None if config.tie_embeddings else Head(config, make.at("output"))
+        self.positions = Positions(config, make.at("positions")) if config.position == "learned" else None
+        groups = config.layer_groups(execution.scan_layers)
+        self.groups = tuple(group.name for group in groups)
+        for group in groups:
+            # Values are drawn from the path `layers/...` whatever the group is called: grouping changes no model.
+            setattr(self, group.name, Group(config, execution, group, make.at("layers")))
+        self.final_norm = Norm(config, (config.embed_dim,), "D", make.at("final_norm"))
+        tied = config.tie_embeddings and not config.head_bias
+        self.output = None if tied else Head(config, make.at("output"))
 
     @property
     def num_embed(self) -> int:
@@ -170,9 +219,11 @@ class Decoder(nnx.Module):
             sight = ops.Visibility(positions, cache.positions, segments, cache.segment_ids, attention_mask)
         else:
             start = None
-            sight = ops.Visibility(positions, positions, segment_ids, segment_ids, attention_mask)
-        context = self._context(positions, sight, start)
-        x = self.embed(tokens, jnp.dtype(self.execution.dtype))
+            sight = ops.Visibility(positions, query_segments=segment_ids, extra=attention_mask)
+        context = Context.of(
+            self.config, positions, segment_ids, sight, end_index=start, kernel=self.execution.attention_kernel
+        )
+        x = self._embedded(tokens, positions)
         layers, aux = {}, {}
         for name in self.groups:
             x, layers[name], stats = getattr(self, name)(x, context, cache.layers[name] if cache else None)
@@ -182,53 +233,76 @@ class Decoder(nnx.Module):
             cache = Cache(layers, cache.positions, cache.segment_ids, cache.end_index)
         return Hidden(x, cache, aux)
 
+    def _embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        x = self.embed(tokens, jnp.dtype(self.execution.dtype))
+        if self.config.embedding_scale is not None:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return x if self.positions is None else x + self.positions(positions, x.dtype)
+
     def head(self, x: jax.Array) -> jax.Array:
         """Final norm and projection: x [B, T, D] to logits [B, T, V], float32."""
-        x = self.final_norm(x)
-        table = self.head_table.astype(x.dtype)
-        return mesh.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+        x, table = self.head_operands(x)
+        logits = mesh.einsum("BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+        return soft_capped(logits, self.config.final_soft_cap)
 
-    @property
-    def head_table(self) -> jax.Array:
-        """The output projection [V, D]: the embedding table when tied."""
-        return self.embed.table[...] if self.output is None else self.output.kernel[...]
+    def head_operands(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(hidden [B, T, D], table [V, D]) whose products are the logits before the soft cap, for x before the norm.
+
+        A bias on the logits is one more column of both.
+        """
+        x = self.final_norm(x)
+        if self.config.logit_scale != 1.0:
+            x = x * jnp.asarray(self.config.logit_scale, x.dtype)
+        table = self.embed.table[...] if self.config.tie_embeddings else self.output.kernel[...]
+        if not self.config.head_bias:
+            return x, table
+        bias = mesh.constrain(self.output.bias[...][:, None].astype(table.dtype), "VD")
+        ones = mesh.constrain(jnp.ones_like(x[..., :1]), "BTD")
+        return jnp.concatenate([x, ones], axis=-1), jnp.concatenate([mesh.constrain(table, "VD"), bias], axis=-1)
 
     def init_cache(self, batch_size: int, cache_size: int, dtype: jnp.dtype | None = None) -> Cache:
         """An empty cache for `batch_size` rows of up to `cache_size` tokens, in the activations' type by default."""
-        config, dtype = self.config, jnp.dtype(dtype or self.execution.dtype)
-        shape, letters = (batch_size, cache_size, config.num_kv_heads, config.head_dim), "BSKH"
+        config, scan = self.config, self.execution.scan_layers
+        usual = jnp.dtype(dtype or self.execution.dtype)
 
-        def empty(repeats: int) -> LayerCache:
-            if self.execution.scan_layers:
-                return {k: mesh.zeros((repeats, *shape), dtype, "L" + letters) for k in ("k", "v")}
-            return {k: mesh.zeros(shape, dtype, letters) for k in ("k", "v")}
+        def empty(shapes: CacheShapes, repeats: int) -> LayerCache:
+            stack, letter = ((repeats,), "L") if scan else ((), "")
+            return {
+                name: mesh.zeros((*stack, *shape), jnp.dtype(own or usual), letter + letters)
+                for name, (shape, letters, own) in shapes.items()
+            }
 
         layers = {
             group.name: [
-                empty(group.repeats)
-                for _ in range(len(group.pattern) if self.execution.scan_layers else group.num_layers)
+                empty(mixer_class(config, spec).cache_shapes(config, batch_size, cache_size), group.repeats)
+                for spec in group.pattern
             ]
-            for group in config.layer_groups()
+            for group in config.layer_groups(scan)
         }
         slots = mesh.zeros((batch_size, cache_size), jnp.int32, "BS")
         return Cache(layers, slots - 1, slots, mesh.zeros((batch_size,), jnp.int32, "B"))
 
-    def _context(self, positions, sight, end_index) -> Context:
-        config = self.config
-        specs = {spec for group in config.layer_groups() for spec in group.pattern}
-        bases = sorted({spec.rope_theta or config.rope_theta for spec in specs})
-        return Context(
-            rotations={
-                theta: rotations(positions, config.head_dim, theta, config.rope_scaling, config.max_seq_len)
-                for theta in bases
-            },
-            masks={window: sight.mask(ops.Span(window)) for window in {spec.sliding_window for spec in specs}},
-            end_index=end_index,
-        )
+
+def soft_capped(logits: jax.Array, cap: float | None) -> jax.Array:
+    """Logits bent towards +-cap: cap * tanh(logits / cap); as they are without a cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+class Positions(nnx.Module):
+    """A learned vector for every position: table [S, D]."""
+
+    def __init__(self, config: ModelConfig, make: Make):
+        self.table = make("table", (config.max_seq_len, config.embed_dim), "SD", normal(0.02))
+
+    def __call__(self, positions: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Vectors [B, T, D] of positions [B, T]."""
+        return mesh.gather_rows(self.table[...], positions, "BTD").astype(dtype)
 
 
 class Head(nnx.Module):
-    """The output projection of a model whose embedding is not tied: kernel [V, D]."""
+    """What the output projection has of its own: kernel [V, D] where the embedding is not tied, bias [V]."""
 
     def __init__(self, config: ModelConfig, make: Make):
-        self.kernel = make("kernel", (config.vocab_size, config.embed_dim), "VD", normal(config.embed_dim**-0.5))
+        shape = (config.vocab_size, config.embed_dim)
+        self.kernel = None if config.tie_embeddings else make("kernel", shape, "VD", normal(config.embed_dim**-0.5))
+        self.bias = make("bias", shape[:1], "V", zeros) if config.head_bias else None

@@ -29,8 +29,8 @@ from maxkit.types import Tree
 class Parameter:
     """One leaf: its path in the tree, where it belongs in the model, and what it looks like.
 
-    address: the path without block or layer part. layers: None outside layers, else the layer numbers it holds, in the
-    order of axis 0 when `stacked`. letters: one per dimension, "L" first when stacked.
+    address: the path, or `layers/` and the path below the block. layers: None outside layers, else the layer numbers
+    it holds, in the order of axis 0 when `stacked`. letters: one per dimension, "L" first when stacked.
     """
 
     path: str
@@ -77,13 +77,13 @@ class ModelDefinition:
             yield "/".join(str(part) for part in path), variable
 
     def _parameter(self, path: str, variable: nnx.Variable) -> Parameter:
-        numbers = {group.name: group for group in self.config.layer_groups()}
+        numbers = {group.name: group for group in self.config.layer_groups(self.execution.scan_layers)}
         parts, layers, stacked = path.split("/"), None, False
         if parts[0] in numbers:
             kind, number = re.fullmatch(r"(block|layer)_(\d+)", parts[1]).groups()
             stacked = kind == "block"
             layers = numbers[parts[0]].layer_numbers(int(number)) if stacked else (int(number),)
-            parts = [parts[0], *parts[2:]]
+            parts = ["layers", *parts[2:]]
         return Parameter(
             path=path,
             address="/".join(parts),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters and the small layers made of them: projection, RMS norm, embedding, gated MLP.
+"""Parameters and the small layers made of them: projection, norm, embedding, MLP.
 
 A parameter is declared once, with shape, letters and initialiser; sharding, checkpoint address and optimizer role are
 derived from that. Next to read: `attention.py`, `decoder.py`.
@@ -67,9 +67,9 @@ def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array
     return jnp.zeros(shape, dtype)
 
 
-def ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """All 1."""
-    return jnp.ones(shape, dtype)
+def constant(value: float) -> Initializer:
+    """All the same."""
+    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
 
 
 class Projection(nnx.Module):
@@ -96,6 +96,17 @@ class Projection(nnx.Module):
             self.lora_a = make("lora_a", _shape(down, sizes | rank), down, normal(fan_in**-0.5), nnx.LoRAParam)
             self.lora_b = make("lora_b", _shape("R" + produced, sizes | rank), "R" + produced, zeros, nnx.LoRAParam)
 
+    def matrix(self, dtype: jnp.dtype) -> jax.Array:
+        """The kernel, with its adapter added, for products that are taken in another order."""
+        kernel = self.kernel[...].astype(dtype)
+        if not self.adapted:
+            return kernel
+        down, up = self._lora_letters()
+        low, high = self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
+        return kernel + self.lora_scale * mesh.einsum(
+            f"{down},{up}->{self.letters}", low, high, like=mesh.layout(kernel)
+        )
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product over the contracted letters, plus bias and adapter."""
         y = mesh.einsum(f"{self.inputs},{self.letters}->{self.outputs}", x, self.kernel[...].astype(x.dtype))
@@ -117,18 +128,40 @@ def _shape(letters: str, sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in letters)
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last dimension, computed in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+class Norm(nnx.Module):
+    """A learned normalisation of the last dimensions, in float32: by root mean square, or by mean and variance.
 
-    def __init__(self, dim: int, eps: float, make: Make, letter: str = "D"):
-        self.scale = make("scale", (dim,), letter, ones)
-        self.eps = eps
+    rms:   x / sqrt(mean(x^2) + eps) * (offset + scale)      (Zhang and Sennrich 2019, arXiv 1910.07467)
+    layer: (x - mean(x)) / sqrt(var(x) + eps) * (offset + scale) + bias    (Ba et al. 2016, arXiv 1607.06450)
+    """
+
+    def __init__(
+        self, config: ModelConfig, sizes: tuple[int, ...], letters: str, make: Make, *, eps: float | None = None
+    ):
+        """Over the dimensions written with `letters`, of these `sizes`; `eps` where it is not the model's."""
+        self.offset, self.kind = config.norm_scale_offset, config.norm
+        self.eps = config.norm_eps if eps is None else eps
+        # Drawn so that the effective scale is 1.
+        self.scale = make("scale", sizes, letters, constant(1.0 - self.offset))
+        self.bias = make("bias", sizes, letters, zeros) if config.norm_bias else None
+        self.axes = tuple(range(-len(sizes), 0))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise the last dimension of x."""
+        """Normalise the last dimensions of x."""
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        if self.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=self.axes, keepdims=True)
+        wide = unit_rms(wide, self.eps, self.axes)
+        wide = wide * (mesh.replicate(self.scale[...]).astype(jnp.float32) + self.offset)
+        if self.bias is not None:
+            wide = wide + mesh.replicate(self.bias[...]).astype(jnp.float32)
+        return wide.astype(x.dtype)
+
+
+def unit_rms(x: jax.Array, eps: float, axes: tuple[int, ...] = (-1,)) -> jax.Array:
+    """Return x / sqrt(mean(x^2) + eps) over `axes`, in float32, returned in the type of x."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + eps)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -142,20 +175,32 @@ class Embedding(nnx.Module):
         return mesh.gather_rows(self.table[...], tokens, "BTD").astype(dtype)
 
 
-class GatedMlp(nnx.Module):
-    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+class Mlp(nnx.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), or down(activation(up(x))) without a gate."""
 
-    def __init__(self, config: ModelConfig, make: Make):
-        sizes = {"D": config.embed_dim, "F": config.mlp_dim}
-        self.activation = config.activation
-        self.gate = Projection("BTD,DF->BTF", sizes, make.at("gate"), bias=config.mlp_bias)
-        self.up = Projection("BTD,DF->BTF", sizes, make.at("up"), bias=config.mlp_bias)
+    def __init__(self, config: ModelConfig, make: Make, width: int | None = None):
+        """`width` of the hidden layer, config.mlp_dim by default."""
+        sizes = {"D": config.embed_dim, "F": width or config.mlp_dim}
+        self.config, bias = config, config.mlp_bias
+        self.gate = Projection("BTD,DF->BTF", sizes, make.at("gate"), bias=bias) if config.mlp_gated else None
+        self.up = Projection("BTD,DF->BTF", sizes, make.at("up"), bias=bias)
         scale = (2 * config.num_layers) ** -0.5  # residual branches start small (GPT-2)
-        self.down = Projection("BTF,FD->BTD", sizes, make.at("down"), bias=config.mlp_bias, scale=scale)
+        self.down = Projection("BTF,FD->BTD", sizes, make.at("down"), bias=bias, scale=scale)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [B, T, D] to [B, T, D]."""
-        return self.down(ACTIVATION[self.activation](self.gate(x)) * self.up(x))
+        return self.down(gated(self.config, self.gate(x) if self.gate is not None else None, self.up(x)))
+
+
+def gated(config: ModelConfig, gate: jax.Array | None, up: jax.Array) -> jax.Array:
+    """The hidden layer of an MLP or expert from its two projections; `gate` is None in an MLP without one."""
+    if gate is None:
+        return ACTIVATION[config.activation](up)
+    if config.activation == "clamped_swiglu":  # gpt-oss: a steeper sigmoid, and 1 is added to what is gated
+        limit = config.activation_limit or jnp.inf
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+    return ACTIVATION[config.activation](gate) * up
 
 
 ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -163,4 +208,5 @@ ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }

@@ -216,6 +216,7 @@ def statistics(
 
 
 def _pick(scores: jax.Array, choice: jax.Array) -> jax.Array:
-    """scores [B, T, E] at choice [B, T, k]. By comparison: a gather of sharded rows would need their layout spelled out."""
+    """What scores [B, T, E] hold at choice [B, T, k]."""
+    # By comparison: a gather of sharded rows would have to be told its layout.
     hits = choice[..., None] == jnp.arange(scores.shape[-1])
     return jnp.sum(jnp.where(hits, scores[..., None, :], 0.0), axis=-1)

@@ -14,24 +14,35 @@ from maxkit.models.config import RopeScaling
 
 
 def rotations(
-    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None, max_seq_len: int
+    positions: jax.Array, dim: int, theta: float, scaling: RopeScaling | None, max_seq_len: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each [B, T, H/2] float32, for positions [B, T]."""
-    frequencies, magnitude = _frequencies(positions, head_dim, theta, scaling, max_seq_len)
+    """(cos, sin), each [B, T, dim/2] float32, for positions [B, T] and the `dim` dimensions that are turned."""
+    frequencies, magnitude = _frequencies(positions, dim, theta, scaling, max_seq_len)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Return x [B, T, heads, H] turned by the angles of its position; dimension i is paired with i + H/2."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """Return x [B, T, heads, H] turned by the angles [B, T, half] of its position, in its first 2 * half dimensions.
+
+    Dimension i is paired with i + half, or with i + 1 when `interleaved`; what lies beyond stays as it is.
+    """
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    wide = turned.astype(jnp.float32)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    if interleaved:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+        wide = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(turned.shape)
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
+        wide = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = wide.astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def _frequencies(positions, head_dim, theta, scaling, max_seq_len) -> tuple[jax.Array, float]:
-    plain = (1.0 / (theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim))).astype(np.float32)
+def _frequencies(positions, dim, theta, scaling, max_seq_len) -> tuple[jax.Array, float]:
+    plain = (1.0 / (theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim))).astype(np.float32)
     if scaling is None:
         return jnp.asarray(plain), 1.0
     original = scaling.original_max_seq_len or max_seq_len
@@ -40,8 +51,25 @@ def _frequencies(positions, head_dim, theta, scaling, max_seq_len) -> tuple[jax.
     if scaling.kind == "llama3":
         return jnp.asarray(_llama3(plain, scaling, original)), 1.0
     if scaling.kind == "yarn":
-        return jnp.asarray(_yarn(plain, scaling, original, head_dim, theta)), _yarn_magnitude(scaling)
-    return _dynamic(positions, scaling, original, head_dim, theta), 1.0
+        return jnp.asarray(_yarn(plain, scaling, original, dim, theta)), _yarn_magnitude(scaling)
+    if scaling.kind == "longrope":
+        return _longrope(positions, plain, scaling, original), _longrope_magnitude(scaling, original)
+    return _dynamic(positions, scaling, original, dim, theta), 1.0
+
+
+def _longrope(positions, plain, scaling, original):
+    """A divisor per pair (Ding et al. 2024, arXiv 2402.13753): one set up to the original length, another beyond it.
+
+    Which set holds for the whole batch is decided by the longest position in it, as in transformers.
+    """
+    short, long = (jnp.asarray(plain / np.asarray(f, np.float32)) for f in (scaling.short_factor, scaling.long_factor))
+    return jnp.where(jnp.max(positions) + 1 > original, long, short)
+
+
+def _longrope_magnitude(scaling, original) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 1.0 if scaling.factor <= 1 else math.sqrt(1 + math.log(scaling.factor) / math.log(original))
 
 
 def _llama3(plain, scaling, original):

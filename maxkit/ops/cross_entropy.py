@@ -22,12 +22,13 @@ def cross_entropy(
     *,
     num_tiles: int = 1,
     z_loss: float = 0.0,
+    soft_cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over tokens of negative log-likelihood and of z-loss, in nats.
 
         nll = sum_i mask_i (lse_i - logits_i[target_i]),    z = z_loss * sum_i mask_i lse_i^2
 
-    with logits = hidden head^T in float32 and lse their logsumexp. Neither sum is divided by anything.
+    with logits = hidden head^T in float32, soft-capped if asked for, and lse their logsumexp. Neither sum is divided.
 
     Args:
         hidden: [B, T, D], any float type; its gradient has the same type.
@@ -36,6 +37,7 @@ def cross_entropy(
         mask: [B, T] float weights, not differentiated; 0 leaves a token out.
         num_tiles: how many tiles the T tokens of a row are cut into (the last may be shorter).
         z_loss: coefficient of the second output (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
+        soft_cap: logits become soft_cap * tanh(logits / soft_cap) (Gemma 2, arXiv 2408.00118, section 2).
 
     Returns:
         (nll, z), float32 scalars; z is exactly 0 when `z_loss` is 0.
@@ -45,23 +47,23 @@ def cross_entropy(
     if not 1 <= num_tiles:
         raise ValueError(f"num_tiles={num_tiles} must be at least 1")
     num_tiles = min(num_tiles, hidden.shape[1])
-    return _tiled(hidden, head, targets, mask.astype(jnp.float32), num_tiles, z_loss, mesh.layout(head))
+    return _tiled(hidden, head, targets, mask.astype(jnp.float32), num_tiles, z_loss, soft_cap, mesh.layout(head))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _tiled(hidden, head, targets, mask, num_tiles, z_loss, head_layout):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _tiled(hidden, head, targets, mask, num_tiles, z_loss, soft_cap, head_layout):
     head = mesh.constrain(head.astype(hidden.dtype), "VD")
 
     def body(_, tile):
         h, y, m = tile
-        logits, lse = _logits(h, head)
+        logits, lse = _logits(h, head, soft_cap)
         return None, _losses(logits, lse, y, m, z_loss)
 
     _, losses = jax.lax.scan(body, None, _tiles(num_tiles, hidden, targets, mask))
     return _sums(losses, hidden.shape[1])
 
 
-def _forward(hidden, head, targets, mask, num_tiles, z_loss, head_layout):
+def _forward(hidden, head, targets, mask, num_tiles, z_loss, soft_cap, head_layout):
     # A frozen head (LoRA) needs no gradient: that is one matrix product in three saved.
     train_head = head.perturbed
     hidden, head, targets, mask = hidden.value, head.value, targets.value, mask.value
@@ -70,12 +72,14 @@ def _forward(hidden, head, targets, mask, num_tiles, z_loss, head_layout):
 
     def body(d_heads, tile):
         h, y, m = tile
-        logits, lse = _logits(h, table)
+        logits, lse = _logits(h, table, soft_cap)
         losses = _losses(logits, lse, y, m, z_loss)
         p = jnp.exp(logits - lse[..., None])
         d_logits = [jnp.where(_hits(logits, y), p - 1.0, p) * m[..., None]]
         if z_loss:
             d_logits.append(p * (2.0 * z_loss * lse * m)[..., None])
+        if soft_cap is not None:
+            d_logits = [d * (1.0 - jnp.square(logits / soft_cap)) for d in d_logits]
         d_logits = [d.astype(h.dtype) for d in d_logits]
         d_hiddens = [mesh.einsum("BTV,VD->BTD", d, table) for d in d_logits]
         if train_head:
@@ -92,7 +96,7 @@ def _forward(hidden, head, targets, mask, num_tiles, z_loss, head_layout):
     return _sums(losses, hidden.shape[1]), (d_hiddens, d_heads, types)
 
 
-def _backward(num_tiles, z_loss, head_layout, residuals, cotangents):
+def _backward(num_tiles, z_loss, soft_cap, head_layout, residuals, cotangents):
     d_hiddens, d_heads, types = residuals
     scales = [_instantiate(c) for c in cotangents][: len(d_hiddens)]
     d_hidden = sum(s * d.astype(jnp.float32) for s, d in zip(scales, d_hiddens, strict=True))
@@ -109,9 +113,11 @@ def _instantiate(cotangent) -> jax.Array:
     return cotangent
 
 
-def _logits(h, table):
+def _logits(h, table, soft_cap):
     """[B, t, V] float32 logits of one tile and their logsumexp [B, t]."""
     logits = mesh.einsum("BTD,VD->BTV", h, table, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
     return logits, jax.nn.logsumexp(logits, axis=-1)
 
 

@@ -69,13 +69,13 @@ def test_one_seed_gives_equal_weights_scanned_and_unrolled():
 
 
 def test_the_remainder_of_a_pattern_keeps_its_layer_numbers_and_kinds():
-    config = tiny(num_layers=5, pattern=(BlockSpec(sliding_window=2), BlockSpec(sliding_window=3), BlockSpec()))
+    config = tiny(num_layers=8, pattern=(BlockSpec(sliding_window=2), BlockSpec(sliding_window=3), BlockSpec()))
     groups = config.layer_groups()
     assert [(g.name, g.repeats, g.first_layer, len(g.pattern)) for g in groups] == [
-        ("layers", 1, 0, 3),
-        ("last_layers", 1, 3, 2),
+        ("layers", 2, 0, 3),
+        ("last_layers", 1, 6, 2),
     ]
-    assert groups[1].layer_numbers(1) == (4,) and groups[1].pattern == config.pattern[:2]
+    assert groups[1].layer_numbers(1) == (7,) and groups[1].pattern == config.pattern[:2]
 
 
 @pytest.mark.parametrize("tie", [True, False])
