@@ -75,7 +75,8 @@ def _longrope_magnitude(scaling, original) -> float:
 def _llama3(plain, scaling, original):
     """Long wavelengths are divided by the factor, short ones kept, a linear blend between (Llama 3.1 model card)."""
     wavelength = 2 * math.pi / plain
-    blend = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    width = max(scaling.high_freq_factor - scaling.low_freq_factor, 1e-6)  # both are 1 in Llama 4: a step, no blend
+    blend = (original / wavelength - scaling.low_freq_factor) / width
     blend = np.clip(blend, 0.0, 1.0)
     return ((1 - blend) * plain / scaling.factor + blend * plain).astype(np.float32)
 

@@ -83,7 +83,7 @@ MISTRAL = Family(
 
 def qwen_blocks(values: Values) -> dict[str, Any]:
     """Windows from layer `max_window_layers` on, unless `layer_types` says where."""
-    window = values["sliding_window"] if values["use_sliding_window"] else None
+    window = (values["sliding_window"] or None) if values["use_sliding_window"] else None
     first = values["max_window_layers"]
     types = layer_types(values, lambda i: "sliding_attention" if window and i >= first else "full_attention")
     return {"blocks": window_blocks(types, window)}
@@ -102,7 +102,7 @@ def qwen_written(config: ModelConfig) -> dict[str, Any]:
 
 QWEN_WINDOW = {
     "use_sliding_window": Key("pattern", keys.flag, False, direct=False),
-    "sliding_window": Key("pattern", keys.count, 4096, nullable=True, direct=False),
+    "sliding_window": Key("pattern", keys.whole, 4096, nullable=True, direct=False),  # 0 where it is not used
     "max_window_layers": Key("pattern", keys.whole, 28, direct=False),
     "layer_types": Key("pattern", keys.texts, None, nullable=True, direct=False),
 }

@@ -104,7 +104,7 @@ def qwen_written_experts(config: ModelConfig) -> dict[str, Any]:
 
 
 def _qwen2_moe_fields(values: Values) -> dict[str, Any]:
-    window = values["sliding_window"] if values["use_sliding_window"] else None
+    window = (values["sliding_window"] or None) if values["use_sliding_window"] else None
     below = values["max_window_layers"] if window else 0
     types = layer_types(values, lambda i: "sliding_attention" if i % 2 == 0 and i < below else "full_attention")
     return {"blocks": moe_blocks(window_blocks(types, window), qwen_sparse_layers(values))}
@@ -178,7 +178,12 @@ QWEN3_MOE = Family(
         "sliding_window": Key("pattern", keys.count, 4096, nullable=True, direct=False),
     },
     no_effect=ROUTER_TRAINING | {"max_window_layers": "the class gives all layers the same window"},
-    refused={"layer_types": Only((None,), "the class gives all layers the same window")},
+    refused={
+        "layer_types": Only((None,), "the class gives all layers the same window"),
+        "qkv_bias": Only((None, False), "the class has attention_bias"),
+        "use_qk_norm": Only((None, True), "queries and keys are always normalised"),
+        "shared_expert_intermediate_size": Only((None, 0), "the class has no shared expert"),
+    },
     always={"qk_norm": "head", "moe": {"scoring": "softmax"}},
     aliases={"num_local_experts": "num_experts"},
     fields=_qwen3_moe_fields,

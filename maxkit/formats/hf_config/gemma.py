@@ -48,7 +48,7 @@ GEMMA = Family(
         "attention_bias": Key("attention_bias", keys.flag, False),
     },
     refused=_BIDIRECTIONAL
-    | {"hidden_activation": Only((None, "gelu_pytorch_tanh"), "transformers 4 reads it, 5 does not")},
+    | {"hidden_activation": Only((None, "gelu_pytorch_tanh", "gelu"), "transformers 5 always takes the tanh form")},
     always={"norm_scale_offset": 1.0},
     fields=_scaled_embedding,
 )

@@ -271,7 +271,7 @@ def config_json(config: ModelConfig, tokenizer: Any, dtype: str) -> dict[str, An
         if value is not None or (key.direct and key.nullable):
             written[name] = keys.write_activation(value) if key.feeds == "activation" else value
     if family.rope is not None and not family.rope.by_layer_type:
-        written |= rope.flat_keys(config)
+        written |= rope.flat_keys(config, has_partial=family.rope.partial is not None)
     try:
         written |= family.written(config) if family.written is not None else {}
         said = read_config_dict(written, "config.json")

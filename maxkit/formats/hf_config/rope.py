@@ -156,8 +156,8 @@ def _partial(given: dict, beside: dict, name: str, where: str, default: float | 
 
 def _scaling(kind: str, values: dict[str, Any], theta: float, longest: int, name: str, where: str) -> RopeScaling:
     original = values.get("original_max_seq_len", longest)
-    if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
-        raise UserError(f"{where}: {name}.low_freq_factor must be below high_freq_factor")
+    if kind == "llama3" and values["low_freq_factor"] > values["high_freq_factor"]:
+        raise UserError(f"{where}: {name}.low_freq_factor must not exceed high_freq_factor")
     if kind in ("yarn", "longrope") and (theta <= 1 or original <= 1):
         raise UserError(f"{where}: {name} of kind {kind} needs rope_theta and the original length above 1")
     # What is falsy means the default or none, as in transformers.
@@ -181,10 +181,10 @@ def write(scaling: RopeScaling | None, max_seq_len: int) -> dict[str, Any]:
     return {"rope_type": scaling.kind} | {key: value for key, value in values.items() if value is not None}
 
 
-def flat_keys(config: ModelConfig) -> dict[str, Any]:
+def flat_keys(config: ModelConfig, *, has_partial: bool) -> dict[str, Any]:
     """The keys of a model with one RoPE, in the spelling of transformers 4 and of 5."""
     table = write(config.rope_scaling, config.max_seq_len)
-    part = {} if config.rope_dim in (None, config.head_dim) else {"partial_rotary_factor": partial(config)}
+    part = {"partial_rotary_factor": partial(config)} if has_partial else {}
     return {
         "rope_theta": config.rope_theta,
         "rope_scaling": table if config.rope_scaling else None,
@@ -215,8 +215,8 @@ def read_by_type(
     extra = sorted(set(nested) - set(LAYER_TYPES))
     if extra:
         raise UserError(
-            f"{where}: rope_parameters.{extra[0][:60]} is not supported: it must hold one object each for "
-            f"{' and '.join(LAYER_TYPES)}"
+            f"{where}: rope_parameters.{extra[0][:60]} is read differently by versions of transformers for this family: "
+            f"rope_parameters must hold one object each for {' and '.join(LAYER_TYPES)} and nothing else"
         )
     found = {}
     for kind in LAYER_TYPES:
