@@ -215,8 +215,8 @@ def read_by_type(
     extra = sorted(set(nested) - set(LAYER_TYPES))
     if extra:
         raise UserError(
-            f"{where}: rope_parameters.{extra[0][:60]} is read differently by versions of transformers for this family: "
-            f"rope_parameters must hold one object each for {' and '.join(LAYER_TYPES)} and nothing else"
+            f"{where}: rope_parameters.{extra[0][:60]} is read differently by versions of transformers: "
+            f"for this family rope_parameters must hold one object each for {' and '.join(LAYER_TYPES)} and nothing else"
         )
     found = {}
     for kind in LAYER_TYPES:
@@ -229,7 +229,7 @@ def read_by_type(
             )
         if kind == "full_attention":
             given = given | checked(where, "rope_scaling", keys.table, raw.get("rope_scaling") or {})
-        if "truncate" in given:  # the class looks for it outside of the two tables, and so never finds it
+        if given.get("truncate") not in (None, True):  # the class looks for it outside of the two tables, and so never finds it
             raise UserError(f"{where}: rope_parameters.{kind}.truncate is not supported for this family")
         name = f"rope_parameters.{kind}"
         found[kind] = read_one(given, beside, name, where, theta=theta[kind], partial=None, longest=longest)
