@@ -119,7 +119,9 @@ QWEN2 = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
     keys=sizes(**_QWEN_SIZES) | QWEN_WINDOW,
-    refused={"use_mrope": Only((None, False), "positions of images"), "rope_interleaved": Only((None, False), "")},
+    refused={
+        "use_mrope": Only((None, False), "positions of images"),
+    },
     always={"attention_bias": True},
     fields=qwen_blocks,
     written=qwen_written,

@@ -298,6 +298,11 @@ def _llama4_fields(values: Values) -> dict[str, Any]:
     return fields
 
 
+def _integral(value: float) -> float:
+    """An int where it is one: transformers 5 takes nothing else for this key."""
+    return int(value) if value == int(value) else value
+
+
 def _llama4_written(config: ModelConfig) -> dict[str, Any]:
     chunks = {block.chunk_size for block in config.blocks} - {None}
     if len(chunks) > 1:
@@ -313,7 +318,7 @@ def _llama4_written(config: ModelConfig) -> dict[str, Any]:
         "moe_layers": moe_layers(config),
         "interleave_moe_layer_step": 1,
         "attn_temperature_tuning": tuning is not None,
-        "floor_scale": tuning.floor_scale if tuning else 8192,
+        "floor_scale": _integral(tuning.floor_scale) if tuning else 8192,
         "attn_scale": tuning.coefficient if tuning else 0.1,
     }
 

@@ -65,8 +65,11 @@ def written_query_scale(config: ModelConfig) -> dict[str, Any]:
     scale = config.attention_scale
     if scale is None:
         return {"query_pre_attn_scalar": config.head_dim}
-    scalar = scale**-2 if scale > 0 else 0.0
-    return {"query_pre_attn_scalar": round(scalar) if round(scalar) ** -0.5 == scale else scalar}
+    if scale <= 0:
+        raise ValueError(f"attention_scale={scale} is not one over the root of query_pre_attn_scalar")
+    scalar = scale**-2
+    whole = max(round(scalar), 1)
+    return {"query_pre_attn_scalar": whole if whole**-0.5 == scale else scalar}
 
 
 _GEMMA2_KEYS = {

@@ -73,7 +73,13 @@ def _factors(value: Any) -> tuple[float, ...]:
     return tuple(keys.number(item) for item in value)
 
 
+def _scale(value: Any) -> float:
+    """A number that may be 0, which means the default or none."""
+    return 0.0 if value == 0 and not isinstance(value, bool) else keys.number(value)
+
+
 _KIND_OF: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _scale),
     "original_max_position_embeddings": keys.count,
     "truncate": keys.flag,
     "short_factor": _factors,
@@ -132,17 +138,12 @@ def read_one(
     values = {}
     for theirs, ours in KINDS[kind].items():
         if theirs in given:
-            values[ours] = checked(where, f"{name}.{theirs}", _KIND_OF.get(theirs, _scale), given[theirs])
+            values[ours] = checked(where, f"{name}.{theirs}", _KIND_OF.get(theirs, keys.number), given[theirs])
     if "original_max_seq_len" in KINDS[kind].values():
         # A value beside the table wins over one in it; without either the model was never stretched.
         original = beside.get("original_max_position_embeddings", values.get("original_max_seq_len", longest))
         values["original_max_seq_len"] = checked(where, "original_max_position_embeddings", keys.count, original)
     return Rope(base, _scaling(kind, values, base, longest, name, where), part)
-
-
-def _scale(value: Any) -> float:
-    """A number that may be 0 (of mscale, where it means none)."""
-    return 0.0 if value == 0 and not isinstance(value, bool) else keys.number(value)
 
 
 def _partial(given: dict, beside: dict, name: str, where: str, default: float | None) -> float:
@@ -165,8 +166,6 @@ def _scaling(kind: str, values: dict[str, Any], theta: float, longest: int, name
     values = {key: value for key, value in values.items() if key not in drop}
     if kind == "longrope":
         values.setdefault("factor", longest / original)
-    if not values.get("factor", 1.0):
-        raise UserError(f"{where}: {name}.factor=0 must be a positive number")
     return RopeScaling.model_validate({"kind": kind, **values})
 
 
@@ -216,7 +215,7 @@ def read_by_type(
     if extra:
         raise UserError(
             f"{where}: rope_parameters.{extra[0][:60]} is read differently by versions of transformers: "
-            f"for this family rope_parameters must hold one object each for {' and '.join(LAYER_TYPES)} and nothing else"
+            f"for this family it must hold one object each for {' and '.join(LAYER_TYPES)} and nothing else"
         )
     found = {}
     for kind in LAYER_TYPES:
@@ -229,7 +228,7 @@ def read_by_type(
             )
         if kind == "full_attention":
             given = given | checked(where, "rope_scaling", keys.table, raw.get("rope_scaling") or {})
-        if given.get("truncate") not in (None, True):  # the class looks for it outside of the two tables, and so never finds it
+        if given.get("truncate") not in (None, True):  # the class looks for it beside the two tables, not in them
             raise UserError(f"{where}: rope_parameters.{kind}.truncate is not supported for this family")
         name = f"rope_parameters.{kind}"
         found[kind] = read_one(given, beside, name, where, theta=theta[kind], partial=None, longest=longest)
