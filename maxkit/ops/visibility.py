@@ -77,14 +77,13 @@ class Visibility:
         return jnp.all((after == 0) | jnp.where(before == after, steps == 1, begins), axis=1)
 
     def segments(self, span: Span = WHOLE_ROW) -> jax.Array | None:
-        """[B, T] int32, rising: tokens of one segment, and of one chunk where there are chunks; None: all of one.
+        """[B, T] int32, equal for tokens of one segment and, where there are chunks, of one chunk; None: all of one.
 
         In a row that is `in_order`, a query sees those before it with its own number, within the window.
         """
-        ids = [] if self.query_segments is None else [self.query_segments]
-        if span.chunk_size is not None:
-            ids.append(self.query_positions // span.chunk_size)
-        if not ids:
-            return None
-        changes = sum((x[:, 1:] != x[:, :-1]).astype(jnp.int32) for x in ids)
-        return jnp.pad(jnp.cumsum(jnp.minimum(changes, 1), axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+        if span.chunk_size is None:
+            return self.query_segments
+        changes = self.query_positions[:, 1:] // span.chunk_size != self.query_positions[:, :-1] // span.chunk_size
+        if self.query_segments is not None:
+            changes |= self.query_segments[:, 1:] != self.query_segments[:, :-1]
+        return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
