@@ -71,7 +71,11 @@ def blueprint(
     trained, _ = definition.split_trainable(definition.letters)
     return Blueprint(
         definition=definition,
-        objective=NextToken(num_tiles=cfg.num_vocab_tiling),
+        objective=NextToken(
+            num_tiles=cfg.num_vocab_tiling,
+            balance_loss=cfg.load_balance_loss_weight,
+            router_z_loss=cfg.router_z_loss_weight,
+        ),
         optimizer=make_optimizer(cfg, max(cfg.steps, 1), trained),
         source=source,
         start=start,

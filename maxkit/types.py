@@ -6,6 +6,7 @@ One letter means one thing in einsums, parameter metadata, sharding rules and sh
     B batch        T query tokens   S key/cache tokens   D embed       F mlp
     N query heads  K kv heads       G = N / K            H head dim    V vocab
     E experts      C capacity       L layers (stacked)   R LoRA rank   Q, Z MLA query and kv ranks
+    W width of a causal convolution
 
 Next to read: `mesh.py` (what the letters mean for sharding), `models/decoder.py`.
 """
@@ -75,12 +76,14 @@ class LossOut:
     terms: {name: unnormalised float32 sum}, with the same names as the objective's weights.
     metrics: {name: scalar that adds}, already divided by global weights.
     maxima: {name: scalar}, combined by maximum.
+    statistics: {name: array of any shape that adds}, of which the step makes metrics at the end (`train/routing.py`).
     """
 
     loss: jax.Array
     terms: dict[str, jax.Array]
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     maxima: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    statistics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass

@@ -25,6 +25,7 @@ from maxkit.ops import moe as ops
 TINY = 1e-20
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """What the router decided. choice [B, T, k] int32, weights [B, T, k], probabilities [B, T, E], logits [B, T, E].

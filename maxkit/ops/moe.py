@@ -11,7 +11,6 @@ Three ways to run them give the same function:
 A choice is an expert's number, or any number that is not an expert's for "none" (padding, an expert of another device).
 """
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -35,7 +34,7 @@ Activation = Callable[[jax.Array | None, jax.Array], jax.Array]  # (gate or None
 def choose_experts(
     scores: jax.Array, count: int, *, num_groups: int = 1, groups_per_token: int = 1, group_score: str = "max"
 ) -> jax.Array:
-    """The `count` experts with the highest scores [..., E], best first: int32 [..., count]; of equals the lowest number.
+    """The `count` experts with the highest scores [..., E], best first, of equals the first: int32 [..., count].
 
     With groups (E / num_groups neighbours each) only those of the `groups_per_token` best groups are eligible: the
     others count as -inf, as in `transformers` 5.12 to 5.23. A group's score is its highest (DeepSeek-V2, arXiv
@@ -87,7 +86,9 @@ def run_experts(
     The three agree to float32 rounding, values and gradients (tests/unit/test_moe.py).
     """
     parameters = {name: value.astype(x.dtype) for name, value in parameters.items()}
-    run = {"dense": _dense, "ragged": _ragged, "capacity": functools.partial(_capacity, capacity)}[dispatch]
+    if dispatch == "capacity":
+        return _capacity(capacity, x, choice, weights, parameters, activation, scale_inputs)
+    run = {"dense": _dense, "ragged": _ragged}[dispatch]
     return run(x, choice, weights, parameters, activation, scale_inputs)
 
 
@@ -172,7 +173,7 @@ def _capacity(capacity, x, choice, weights, parameters, activation, scale_inputs
 
 
 def _slots(choice: jax.Array, num: int, capacity: int) -> jax.Array:
-    """For one row's choices [T, k]: expert * capacity + place in its queue, or num * capacity where there is no room."""
+    """For one row's choices [T, k]: expert * capacity + place in its queue; num * capacity where there is no room."""
     queue = choice.T.reshape(-1)  # all first choices, then all second ones
     hits = queue[:, None] == jnp.arange(num)  # [k * T, E]
     place = jnp.sum(jnp.where(hits, jnp.cumsum(hits, axis=0) - 1, 0), axis=-1)

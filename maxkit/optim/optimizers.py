@@ -16,9 +16,9 @@ from maxkit.optim.config import OptimizerConfig
 from maxkit.optim.schedules import make_schedule
 from maxkit.types import Tree
 
-WEIGHT_LETTERS = frozenset("DFNKHVERQZL")  # of the alphabet in types.py, those a parameter can have
+WEIGHT_LETTERS = frozenset("DFNKHVERQZLSW")  # of the alphabet in types.py, those a parameter can have
 MATRICES = ("kernel", "table", "lora_a", "lora_b")
-VECTORS = ("scale", "bias")
+VECTORS = ("scale", "bias", "sinks", "correction", "dt_bias", "log_decay")
 
 
 def make_optimizer(

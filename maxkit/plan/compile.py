@@ -81,7 +81,8 @@ Outcome = tuple[Any, str | None, dict[str, float]]
 def _compile(made: build.Blueprint, cfg: RecipeConfig, state: Any, batch: Any) -> Outcome:
     """The compiled step, or None and the compiler's refusal; and the seconds it took."""
     accumulate = cfg.gradient_accumulation_steps
-    step: Any = compile_train_step(made.definition, made.objective, made.optimizer, accumulate)
+    rate = cfg.routed_bias_update_rate
+    step: Any = compile_train_step(made.definition, made.objective, made.optimizer, accumulate, rate)
     start = time.perf_counter()
     lowered = step.trace(state, batch, None).lower(lowering_platforms=("tpu",))
     traced = time.perf_counter()

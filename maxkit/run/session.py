@@ -300,6 +300,7 @@ class Run:
             self.blueprint.objective,
             self.blueprint.optimizer,
             self.cfg.gradient_accumulation_steps,
+            self.cfg.routed_bias_update_rate,
         )
         rows: dict[str, Any] = {name: np.zeros((self.cfg.batch_size, self.cfg.seq_len), np.int32) for name in COLUMNS}
         rows["loss_mask"] = rows["loss_mask"].astype(np.float32)

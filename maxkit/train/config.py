@@ -55,6 +55,17 @@ class TrainConfig(BaseModel):
     num_vocab_tiling: int = Field(
         4, ge=1, description="Pieces in which the loss walks over the tokens; more of them need less memory."
     )
+    load_balance_loss_weight: float = Field(
+        0.0, ge=0, description="Coefficient of the loss that spreads tokens over experts (mixtures of experts)."
+    )
+    router_z_loss_weight: float = Field(
+        0.0, ge=0, description="Coefficient of the loss that keeps routers' logits small (mixtures of experts)."
+    )
+    routed_bias_update_rate: float = Field(
+        0.0,
+        ge=0,
+        description="How far an update moves routers' correction biases towards an even load; 0: off.",
+    )
     eval_period: int = Field(
         0, ge=0, description="Updates between two evaluations on the held-out rows; 0: only before and after."
     )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from maxkit.errors import UserError
-from maxkit.models.config import ModelConfig
+from maxkit.models.config import BlockSpec, ModelConfig
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -61,23 +61,20 @@ def model_flops_per_token(config: ModelConfig, seq_len: int, *, frozen_weights: 
     """Floating-point operations that training one token needs, forward and backward, two per multiply-add.
 
     Matrix products: 2 forward and 4 backward per weight of the layers and of the head; the embedding is a
-    lookup and counts nothing. Attention: per layer 4 N H c forward and twice that backward, c being the mean
-    number of keys that a query sees in a causal sequence of `seq_len` tokens, (seq_len + 1) / 2 without a
-    window. Not counted: norms, activations, the softmax, and what rematerialisation computes again. Packed
-    documents are counted as one sequence.
+    lookup and counts nothing; of routed experts only those that a token chooses count. Attention: per layer 4 N H c
+    forward and twice that backward, c being the mean number of keys that a query sees in a causal sequence of
+    `seq_len` tokens, (seq_len + 1) / 2 without a window or chunks (MLA: 2 N (H + v_head_dim) c, as if keys and values
+    were expanded). The gated delta rule: 6 N H_key H_value, three products with the state. Not counted: norms,
+    activations, the softmax, the short convolutions, and what rematerialisation computes again. Packed documents are
+    counted as one sequence.
 
     frozen_weights: the backward pass computes no gradients of the weights (LoRA, whose own small matrices are
         not counted): 2 backward per weight instead of 4.
     """
-    projections = 2 * config.head_dim * (config.num_heads + config.num_kv_heads)  # query, out, key, value
-    layer = config.embed_dim * (projections + 3 * config.mlp_dim)
-    weights = config.num_layers * layer + config.embed_dim * config.vocab_size
-    keys = sum(
-        group.repeats * _mean_keys(seq_len, block.sliding_window)
-        for group in config.layer_groups()
-        for block in group.pattern
-    )
-    return (4 if frozen_weights else 6) * weights + 12 * config.num_heads * config.head_dim * keys
+    weights = sum(_mixer_weights(config, block) + _mlp_weights(config, block) for block in config.blocks)
+    weights += config.embed_dim * config.vocab_size
+    mixing = sum(_mixing_flops(config, block, seq_len) for block in config.blocks)
+    return (4 if frozen_weights else 6) * weights + 3 * mixing
 
 
 def peak_flops_per_device(device: jax.Device | None = None) -> float | None:
@@ -183,10 +180,50 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, float]]:
     ]
 
 
-def _mean_keys(seq_len: int, window: int | None) -> float:
-    """Keys that a query sees on average: query t of a causal sequence sees t of them, at most `window`."""
-    window = min(window or seq_len, seq_len)
-    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+def _mixer_weights(config: ModelConfig, block: BlockSpec) -> int:
+    """Weights of matrix products in a block's mixer."""
+    dim, heads, head = config.embed_dim, config.num_heads, config.head_dim
+    if block.mixer == "gated_delta":
+        delta = config.gated_delta
+        keys, values = delta.num_key_heads * delta.key_head_dim, delta.num_value_heads * delta.value_head_dim
+        return dim * (2 * keys + 3 * values + 2 * delta.num_value_heads)  # query, key; value, gate, out; beta, decay
+    if config.mla is not None:
+        mla = config.mla
+        query = dim * heads * head if mla.q_rank is None else mla.q_rank * (dim + heads * head)
+        latent = dim * (mla.kv_rank + mla.rope_head_dim) + mla.kv_rank * heads * (mla.nope_head_dim + mla.v_head_dim)
+        return query + latent + heads * mla.v_head_dim * dim
+    return dim * head * ((3 if config.attention_gate else 2) * heads + 2 * config.num_kv_heads)
+
+
+def _mlp_weights(config: ModelConfig, block: BlockSpec) -> int:
+    """Weights of matrix products that one token meets in a block's MLP."""
+    matrices = config.embed_dim * (3 if config.mlp_gated else 2)
+    if block.mlp == "dense":
+        return matrices * config.mlp_dim
+    moe = config.moe
+    routing = config.embed_dim * (moe.num_experts + moe.shared_gate)
+    return routing + matrices * (moe.experts_per_token * moe.mlp_dim + moe.shared_mlp_dim)
+
+
+def _mixing_flops(config: ModelConfig, block: BlockSpec, seq_len: int) -> float:
+    """Forward operations of one token's products with keys and values, or with the gated delta rule's state."""
+    if block.mixer == "gated_delta":
+        delta = config.gated_delta
+        return 6 * delta.num_value_heads * delta.key_head_dim * delta.value_head_dim
+    value_dim = config.mla.v_head_dim if config.mla else config.head_dim
+    keys = _mean_keys(seq_len, block.sliding_window, block.chunk_size)
+    return 2 * config.num_heads * (config.head_dim + value_dim) * keys
+
+
+def _mean_keys(seq_len: int, window: int | None, chunk: int | None = None) -> float:
+    """Keys that a query of a causal sequence sees on average: query t sees t of its chunk's, at most `window`."""
+
+    def total(length: int) -> float:
+        seen = min(window or length, length)
+        return seen * (seen + 1) / 2 + (length - seen) * seen
+
+    chunks, rest = divmod(seq_len, min(chunk or seq_len, seq_len))
+    return (chunks * total(min(chunk or seq_len, seq_len)) + total(rest)) / seq_len
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from maxkit.models.definition import ModelDefinition
+from maxkit.train.routing import check_update_rate, move_corrections, routing_metrics
 from maxkit.types import Batch, LossOut, TrainState, Tree
 
 Metrics = dict[str, jax.Array]
@@ -34,12 +35,19 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     gradient_accumulation_steps: int = 1,
+    routed_bias_update_rate: float = 0.0,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """A function (state, batch, frozen) -> (state, metrics), not yet compiled; `compile_train_step` compiles it.
 
     The batch holds the rows of the whole update; micro-batch m takes rows m, m + A, m + 2A, ... (strided, so that rows
     sharded over devices stay where they are). `frozen` reaches the objective undifferentiated.
+
+    routed_bias_update_rate: how far routers' correction biases move after the optimizer (`move_corrections`).
+
+    Raises:
+        UserError: such a rate for a model that trains no correction bias.
     """
+    check_update_rate(definition, routed_bias_update_rate)
 
     def loss_of(trained: Tree, base: Tree, batch: Batch, frozen: Any, weights: dict) -> tuple[jax.Array, LossOut]:
         out = objective(definition.merge(definition.join(trained, base)), batch, frozen, weights)
@@ -59,7 +67,10 @@ def train_step(
             )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if routed_bias_update_rate:
+            params = move_corrections(definition, params, out.statistics["moe/load"], routed_bias_update_rate)
         metrics = {"loss": out.loss, "grad_norm": optax.global_norm(gradients), **out.metrics, **out.maxima}
+        metrics |= routing_metrics(out.statistics)
         metrics |= {f"weight/{name}": weight for name, weight in weights.items()}
         return TrainState(state.step + 1, params, state.base, opt_state, state.rng), metrics
 
@@ -71,11 +82,11 @@ def compile_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     gradient_accumulation_steps: int = 1,
+    routed_bias_update_rate: float = 0.0,
 ) -> jax.stages.Wrapped:
     """`train_step` under `jax.jit`, the state donated."""
-    return jax.jit(
-        train_step(definition, objective, optimizer, gradient_accumulation_steps), donate_argnames=("state",)
-    )
+    step = train_step(definition, objective, optimizer, gradient_accumulation_steps, routed_bias_update_rate)
+    return jax.jit(step, donate_argnames=("state",))
 
 
 def eval_step(definition: ModelDefinition, objective: Objective) -> Callable[[Tree, Batch, Any], tuple[dict, dict]]:
@@ -109,6 +120,7 @@ def _accumulate(gradients_of, micro_batches: Batch, params: Tree) -> tuple[Tree,
         terms=jax.tree.map(lambda s: jnp.zeros((), s.dtype), shape.terms),
         metrics=jax.tree.map(lambda s: jnp.zeros((), s.dtype), shape.metrics),
         maxima=jax.tree.map(lambda s: jnp.full((), -jnp.inf, s.dtype), shape.maxima),
+        statistics=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape.statistics),
     )
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
     (gradients, out), _ = jax.lax.scan(add, (zeros, nothing), micro_batches)
@@ -122,4 +134,5 @@ def _merge(a: LossOut, b: LossOut) -> LossOut:
         terms=jax.tree.map(add, a.terms, b.terms),
         metrics=jax.tree.map(add, a.metrics, b.metrics),
         maxima=jax.tree.map(jnp.maximum, a.maxima, b.maxima),
+        statistics=jax.tree.map(add, a.statistics, b.statistics),
     )

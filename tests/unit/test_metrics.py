@@ -12,6 +12,7 @@ import pytest
 
 from maxkit.errors import UserError
 from maxkit.models.config import BlockSpec, ModelConfig
+from maxkit.models.definition import ModelDefinition
 from maxkit.train import metrics
 from maxkit.train.metrics import (
     METRICS_FILE,
@@ -173,6 +174,51 @@ def test_a_sliding_window_sees_fewer_keys_and_a_wide_one_sees_all():
     keys = [min(t, 4) for t in range(1, 17)]  # layers 0 and 2 are local
     saved = 12 * 4 * 8 * 2 * (sum(range(1, 17)) - sum(keys)) / 16
     assert model_flops_per_token(whole, 16) - model_flops_per_token(local, 16) == pytest.approx(saved)
+
+
+def test_chunks_hide_keys():
+    whole = ModelConfig(**SIZES)
+    chunked = ModelConfig(**SIZES, pattern=(BlockSpec(chunk_size=5),))
+    saved = 12 * 4 * 8 * 3 * (sum(range(1, 17)) - sum(t % 5 + 1 for t in range(16))) / 16
+    assert model_flops_per_token(whole, 16) - model_flops_per_token(chunked, 16) == pytest.approx(saved)
+
+
+def test_only_the_experts_that_a_token_chooses_count():
+    moe = {"num_experts": 16, "experts_per_token": 3, "mlp_dim": 20, "shared_mlp_dim": 10, "shared_gate": True}
+    mixed = ModelConfig(**SIZES, moe=moe, leading_blocks=(BlockSpec(),), pattern=(BlockSpec(mlp="moe"),))
+    active = 32 * 16 + 3 * 32 * (3 * 20 + 10) + 32  # router, three experts and the shared one, its gate
+    more = 6 * 2 * (active - 3 * 32 * 80)  # layers 1 and 2
+    difference = model_flops_per_token(mixed, 16) - model_flops_per_token(ModelConfig(**SIZES), 16)
+    assert difference == pytest.approx(more)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gqa", "mla", "mla without q_rank", "gated_delta", "moe", "no gate", "gated attention"]
+)
+def test_the_weights_part_equals_the_matrices_of_the_definition(kind):
+    """All matrices but the embedding; of the experts, experts_per_token of num_experts."""
+    mla = {"kv_rank": 12, "nope_head_dim": 6, "rope_head_dim": 2, "v_head_dim": 5}
+    delta = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 6, "value_head_dim": 5}
+    changes = {
+        "mla": {"mla": mla | {"q_rank": 10}},
+        "mla without q_rank": {"mla": mla},
+        "gated_delta": {"gated_delta": delta, "pattern": (BlockSpec(mixer="gated_delta"),)},
+        "moe": {
+            "moe": {"num_experts": 8, "experts_per_token": 2, "mlp_dim": 20, "shared_mlp_dim": 10, "shared_gate": True},
+            "pattern": (BlockSpec(mlp="moe"), BlockSpec()),
+        },
+        "no gate": {"mlp_gated": False},
+        "gated attention": {"attention_gate": True},
+    }
+    config = ModelConfig(**SIZES | changes.get(kind, {}))
+    count = 0.0
+    for parameter in ModelDefinition(config).parameters.values():
+        if parameter.path.endswith("/kernel") and "conv" not in parameter.path:
+            used = config.moe.experts_per_token / config.moe.num_experts if "/experts/" in parameter.path else 1
+            count += used * math.prod(parameter.shape)
+    # The difference of the two ways to train is 2 per weight, whatever attention costs.
+    both = (model_flops_per_token(config, 16, frozen_weights=frozen) for frozen in (False, True))
+    assert (next(both) - next(both)) / 2 == pytest.approx(count)
 
 
 def test_the_weights_part_equals_what_xla_counts():

@@ -343,6 +343,17 @@ def test_matrices_are_decayed_norms_and_biases_are_not():
     assert decay_mask(LETTERS) == expected
 
 
+def test_what_is_no_matrix_is_never_decayed_however_many_letters_it_has():
+    letters = {"experts": {"kernel": "LEDF", "bias": "LEF"}, "router": {"kernel": "DE", "correction": "LE"}}
+    letters |= {"attention": {"sinks": "LN"}, "delta": {"dt_bias": "LN", "log_decay": "LN", "kernel": "LKHW"}}
+    mask = decay_mask(letters | {"positions": {"table": "SD"}})
+    assert mask.pop("positions") == {"table": True}
+    assert {name: on for part in mask.values() for name, on in part.items() if name != "kernel"} == dict.fromkeys(
+        ("bias", "correction", "sinks", "dt_bias", "log_decay"), False
+    )
+    assert all(part.get("kernel", True) for part in mask.values())
+
+
 def test_a_name_inside_the_path_decides_nothing():
     mask = decay_mask({"bias_tower": {"kernel": "DF"}, "kernel": {"scale": "D"}, "gate": {"kernel": "LD"}})
     assert mask == {"bias_tower": {"kernel": True}, "kernel": {"scale": False}, "gate": {"kernel": False}}
@@ -351,7 +362,7 @@ def test_a_name_inside_the_path_decides_nothing():
 @pytest.mark.parametrize(
     ("letters", "message"),
     (
-        ({"attention": {"sinks": "N"}}, "attention/sinks.*no role for 'sinks'"),
+        ({"attention": {"drains": "N"}}, "attention/drains.*no role for 'drains'"),
         ({"mlp": {"kernel": "DX"}}, "mlp/kernel: unknown dimension letters"),
     ),
 )
