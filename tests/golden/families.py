@@ -116,7 +116,8 @@ CASES: dict[str, Case] = {
     "olmo2-gqa": case("Olmo2"),
     "olmo2-bias": case("Olmo2", num_key_value_heads=1, attention_bias=True, tie_word_embeddings=True),
     "olmo3-remainder": case("Olmo3", num_hidden_layers=6, sliding_window=5),
-    "olmo3-yarn": case("Olmo3", num_hidden_layers=4, num_key_value_heads=6, sliding_window=6, rope_parameters=YARN),
+    "olmo3-yarn": case("Olmo3", num_hidden_layers=4, num_key_value_heads=6, sliding_window=6, rope_parameters=dict(
+                           full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=1e4))),
     "phi3-window": case("Phi3", sliding_window=7),
     "phi3-longrope": case("Phi3", num_key_value_heads=1, tie_word_embeddings=True, sliding_window=None,
                           hidden_size=48, max_position_embeddings=96, original_max_position_embeddings=32,

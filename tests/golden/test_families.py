@@ -4,14 +4,20 @@
 The fixtures are tiny random models (`families.py`, `make_families.py`); their weights are drawn anew here.
 """
 
+import functools
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.families import CASES, FIXTURES, checksum, write_folder
+from golden.families import CASES, DOCUMENTS, FIXTURES, GREEDY, NUM_TOKENS, PROMPTS, checksum, write_folder
 
+from maxkit.checkpoint.load import load
 from maxkit.formats.huggingface import HuggingFaceReader, write_huggingface
 from maxkit.formats.safetensors import SafetensorsFile
+
+TOLERANCE = 2e-4  # of the standard deviation of the logits
 
 
 def leaves(reader):
@@ -36,3 +42,61 @@ def test_every_tensor_is_read_and_written_again(tmp_path, name):
         assert found.dtype == tensor.dtype and found.shape == tensor.shape and found.tobytes() == tensor.tobytes(), key
     assert HuggingFaceReader(tmp_path / "out").config == reader.config
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [CASES[name].model]
+
+
+def rows_and_documents(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, positions and segments [3, T]: the two rows, and one that packs the beginnings of both."""
+    packed = np.concatenate([row[:length] for row, length in zip(tokens, DOCUMENTS, strict=True)])
+    segments = np.repeat([1, 2], DOCUMENTS)
+    positions = np.concatenate([np.arange(length) for length in DOCUMENTS])
+    whole = np.ones_like(tokens), np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return tuple(
+        np.concatenate([both, one[None]]).astype(np.int32)
+        for both, one in ((tokens, packed), (whole[1], positions), (whole[0], segments))
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), compiler_options={"xla_backend_optimization_level": 0})
+def logits_of(definition, params, tokens, rows, decode):
+    """Of all tokens at once, of both rows packed, and where `decode` from prompts and then token by token."""
+    model = definition.merge(params)
+    at_once = model(*rows[:2], segment_ids=rows[2])[0]
+    if not decode:
+        return at_once, None
+    longest = max(PROMPTS)
+    real = np.arange(longest) < np.array(PROMPTS)[:, None]
+    cache = model.init_cache(2, longest + NUM_TOKENS - min(PROMPTS))
+    start = np.broadcast_to(np.arange(longest), real.shape)
+    first, cache = model(jnp.where(real, tokens[:, :longest], 0), start, cache, segment_ids=real.astype(np.int32))
+
+    def step(cache, number):
+        at = jnp.minimum(jnp.array(PROMPTS) + number, NUM_TOKENS - 1)[:, None]
+        logits, cache = definition.merge(params)(jnp.take_along_axis(tokens, at, 1), at, cache)
+        return cache, logits[:, 0]
+
+    _, later = jax.lax.scan(step, cache, jnp.arange(NUM_TOKENS - min(PROMPTS)))
+    return at_once, (first, later.swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("name", CASES)
+def test_logits(tmp_path, name, scan_layers):
+    golden = np.load(FIXTURES / name / "golden.npz")
+    write_folder(tmp_path, name)
+    loaded = load(tmp_path, scan_layers=scan_layers, dtype="float32")
+    tokens, wanted = golden["tokens"], golden["logits"]
+    spread, stable = wanted.std(), CASES[name].prefix_stable
+    at_once, decoded = logits_of(loaded.definition, loaded.params, tokens, rows_and_documents(tokens), stable)
+    differences = {"rows": np.abs(at_once[:2] - wanted).max()}
+    if stable:
+        alone = np.concatenate([row[:length] for row, length in zip(wanted, DOCUMENTS, strict=True)])
+        differences["packed"] = np.abs(at_once[2] - alone).max()
+        first, later = decoded
+        for row, prompt in enumerate(PROMPTS):
+            left = NUM_TOKENS - prompt
+            steps = np.concatenate([first[row, :prompt], later[row, :left]])
+            differences[f"decoded {row}"] = np.abs(steps - wanted[row]).max()
+            likely = steps[GREEDY - 1 : -1].argmax(-1)
+            np.testing.assert_array_equal(likely, tokens[row, GREEDY:])
+    print(name, {what: f"{difference / spread:.1e}" for what, difference in differences.items()})
+    assert max(differences.values()) <= TOLERANCE * spread, differences
