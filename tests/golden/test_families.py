@@ -18,6 +18,8 @@ from maxkit.formats.huggingface import HuggingFaceReader, write_huggingface
 from maxkit.formats.safetensors import SafetensorsFile
 
 TOLERANCE = 2e-4  # of the standard deviation of the logits
+# Cases that also decode when unrolled: one of each family.
+FIRST = {name.split("-")[0]: name for name in reversed(CASES)}.values()
 
 
 def leaves(reader):
@@ -56,7 +58,7 @@ def rows_and_documents(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4), compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def logits_of(definition, params, tokens, rows, decode):
     """Of all tokens at once, of both rows packed, and where `decode` from prompts and then token by token."""
     model = definition.merge(params)
@@ -86,11 +88,13 @@ def test_logits(tmp_path, name, scan_layers):
     loaded = load(tmp_path, scan_layers=scan_layers, dtype="float32")
     tokens, wanted = golden["tokens"], golden["logits"]
     spread, stable = wanted.std(), CASES[name].prefix_stable
-    at_once, decoded = logits_of(loaded.definition, loaded.params, tokens, rows_and_documents(tokens), stable)
+    decode = stable and (scan_layers or name in FIRST)
+    at_once, decoded = logits_of(loaded.definition, loaded.params, tokens, rows_and_documents(tokens), decode)
     differences = {"rows": np.abs(at_once[:2] - wanted).max()}
     if stable:
         alone = np.concatenate([row[:length] for row, length in zip(wanted, DOCUMENTS, strict=True)])
         differences["packed"] = np.abs(at_once[2] - alone).max()
+    if decode:
         first, later = decoded
         for row, prompt in enumerate(PROMPTS):
             left = NUM_TOKENS - prompt
@@ -99,4 +103,4 @@ def test_logits(tmp_path, name, scan_layers):
             likely = steps[GREEDY - 1 : -1].argmax(-1)
             np.testing.assert_array_equal(likely, tokens[row, GREEDY:])
     print(name, {what: f"{difference / spread:.1e}" for what, difference in differences.items()})
-    assert max(differences.values()) <= TOLERANCE * spread, differences
+    assert np.max(list(differences.values())) <= TOLERANCE * spread, differences
