@@ -92,6 +92,13 @@ class SafetensorsFolder:
             return _MXFP4 if stored == "U8" else _FP8
         return names.get(stored, stored)
 
+    def dtype(self, key: str) -> np.dtype:
+        """The dtype that `read` gives: of a quantised tensor, the one it is decoded to."""
+        names = {short: long for long, short in DTYPE_NAMES.items()}
+        decoded = {_FP8: "float32", _MXFP4: "bfloat16"}
+        name = self._type_name(key, names)
+        return np.dtype(decoded.get(name, name) if key in self._scales else name)
+
     def read(self, key: str, row: int | None = None) -> np.ndarray:
         """One tensor, or one row of its first axis: a view of the file, or decoded (MXFP4 to bfloat16, FP8 to float32).
 

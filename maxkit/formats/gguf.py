@@ -319,6 +319,10 @@ class GGUFReader:
         """The canonical shape of a tensor, without reading it."""
         return self._table[path, layer].canonical_shape
 
+    def dtype(self, path: str, layer: int | None = None) -> np.dtype:
+        """The dtype that `read` gives: whatever is stored, float32."""
+        return np.dtype(np.float32)
+
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """One tensor, dequantised to float32, in canonical orientation."""
         return self._table[path, layer].read(self._fetch)

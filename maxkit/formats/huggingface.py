@@ -81,6 +81,10 @@ class HuggingFaceReader:
         """The canonical shape of a tensor, without reading it."""
         return self._table[path, layer].canonical_shape
 
+    def dtype(self, path: str, layer: int | None = None) -> np.dtype:
+        """The dtype that `read` gives, without reading."""
+        return self._tensors.dtype(self._table[path, layer].keys[0])
+
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """One tensor in canonical orientation and stored dtype, as an array of its own."""
         return self._table[path, layer].read(self._tensors.read)
