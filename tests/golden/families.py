@@ -21,6 +21,8 @@ NUM_TOKENS = 24
 PROMPTS = (9, 5)  # what of the two rows is given at once before decoding goes on token by token
 DOCUMENTS = (14, 10)  # a packed row: the first tokens of both rows
 GREEDY = 18  # from here on each token is the most likely one
+# Whose gradients are compared as well: dense, and mixtures of experts without and with latent attention.
+GRADIENTS = ("gemma2-caps", "qwen3_moe-all", "deepseek_v3-groups")
 
 
 class Case(NamedTuple):
@@ -196,6 +198,16 @@ def weights(name: str) -> dict[str, np.ndarray]:
     """Every tensor of a case, by its key in the file."""
     rows = json.loads((FIXTURES / name / "keys.json").read_text())
     return {key: weight(name, key, shape) for key, shape in unpack_keys(rows)}
+
+
+def projections(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{key: (norm, product with a random tensor)}, which tells two tensors apart and fits in a fixture."""
+    found = {}
+    for key, value in tensors.items():
+        direction = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(value.shape)
+        value = value.astype(np.float64)
+        found[key] = np.array([np.sqrt((value**2).sum()), (value * direction).sum()])
+    return found
 
 
 def checksum(tensors: dict[str, np.ndarray]) -> int:

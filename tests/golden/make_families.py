@@ -17,9 +17,21 @@ import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from families import CASES, DOCUMENTS, FIXTURES, GREEDY, NUM_TOKENS, checksum, pack_keys, write_folder
+from families import (
+    CASES,
+    DOCUMENTS,
+    FIXTURES,
+    GRADIENTS,
+    GREEDY,
+    NUM_TOKENS,
+    checksum,
+    pack_keys,
+    projections,
+    write_folder,
+)  # fmt: skip
 
 
 def describe(name: str) -> None:
@@ -75,10 +87,32 @@ def golden(name: str) -> dict[str, np.ndarray]:
     )  # fmt: skip
 
 
+def gradients(name: str) -> dict[str, np.ndarray]:
+    """Of the mean negative log-likelihood of the next token: what `projections` keeps of each tensor, and the loss."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), name)
+        model = open_model(folder, name)
+        model.get_input_embeddings().padding_idx = None  # torch would give the padding token's row no gradient
+        tokens = torch.from_numpy(np.load(FIXTURES / name / "golden.npz")["tokens"]).long()
+        logits = model(tokens, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        with torch.no_grad():
+            for buffer in model.buffers():
+                buffer.zero_()
+            for parameter in model.parameters():
+                parameter.copy_(parameter.grad)
+        model.save_pretrained(Path(folder) / "gradients")  # as the file has them, not as the modules do
+        found = projections(load_file(Path(folder) / "gradients/model.safetensors"))
+        return {"loss": loss.detach().numpy(), "projections": np.stack([found[key] for key in sorted(found)])}
+
+
 def main() -> None:
     for name in sys.argv[1:] or CASES:
         describe(name)
         np.savez_compressed(FIXTURES / name / "golden.npz", **golden(name))
+        if name in GRADIENTS:
+            np.savez_compressed(FIXTURES / name / "gradients.npz", **gradients(name))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.families import CASES, DOCUMENTS, FIXTURES, GREEDY, NUM_TOKENS, PROMPTS, checksum, write_folder
+from golden.families import (
+    CASES,
+    DOCUMENTS,
+    FIXTURES,
+    GRADIENTS,
+    GREEDY,
+    NUM_TOKENS,
+    PROMPTS,
+    checksum,
+    projections,
+    write_folder,
+)  # fmt: skip
+from safetensors.numpy import load_file
 
 from maxkit.checkpoint.load import load
 from maxkit.formats.huggingface import HuggingFaceReader, write_huggingface
@@ -104,3 +116,33 @@ def test_logits(tmp_path, name, scan_layers):
             np.testing.assert_array_equal(likely, tokens[row, GREEDY:])
     print(name, {what: f"{difference / spread:.1e}" for what, difference in differences.items()})
     assert np.max(list(differences.values())) <= TOLERANCE * spread, differences
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_equal_those_of_torch(tmp_path, name):
+    golden = np.load(FIXTURES / name / "gradients.npz")
+    tensors = write_folder(tmp_path / "in", name)
+    loaded = load(tmp_path / "in", scan_layers=False)
+    tokens = np.load(FIXTURES / name / "golden.npz")["tokens"]
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean_loss(params):
+        logps = jax.nn.log_softmax(loaded.definition.merge(params)(tokens)[0][:, :-1])
+        return -jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1).mean()
+
+    loss, gradients = mean_loss(loaded.params)
+    np.testing.assert_allclose(loss, golden["loss"], rtol=1e-6)
+    leaves = (
+        (parameter.address, parameter.layers[0] if parameter.layers else None, np.asarray(gradient))
+        for path, gradient in loaded.definition.flat(gradients).items()
+        for parameter in [loaded.definition.parameters[path]]
+    )
+    write_huggingface(tmp_path / "out", loaded.config, leaves, None, None)
+    found = projections(load_file(tmp_path / "out/model.safetensors"))
+    assert found.keys() == tensors.keys()
+    wanted = dict(zip(sorted(tensors), golden["projections"], strict=True))
+    assert sum(norm > 0 for norm, _ in wanted.values()) > 0.9 * len(wanted)
+    worst = {key: np.abs(found[key] - wanted[key]).max() / max(wanted[key][0], 1e-9) for key in wanted}
+    print(name, f"gradients differ by {max(worst.values()):.1e}")
+    assert np.max(list(worst.values())) <= 1e-4, {key: value for key, value in worst.items() if not value <= 1e-4}

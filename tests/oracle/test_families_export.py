@@ -3,8 +3,8 @@
 
 import numpy as np
 import pytest
-
 from golden.families import CASES, FIXTURES, write_folder
+
 from maxkit.formats.huggingface import HuggingFaceReader, write_huggingface
 
 torch = pytest.importorskip("torch")
