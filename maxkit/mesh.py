@@ -193,13 +193,13 @@ def einsum(
     )
 
 
-def gather_rows(table: jax.Array, ids: jax.Array, letters: str) -> jax.Array:
-    """`table[ids]` for a [rows, ...] table that may be sharded; `letters` are those of the result."""
+def gather_rows(table: jax.Array, ids: jax.Array, letters: str, table_letters: str = "VD") -> jax.Array:
+    """`table[ids]` for a table that may be sharded; `letters` are those of the result."""
     spec = sharding_of(letters, ids.shape + table.shape[1:])
     if spec is None:
         return table[ids]
     # Gather the table over fsdp first: asking for both moves at once makes the compiler replicate the activations.
-    return constrain(table, "VD").at[ids].get(out_sharding=spec)
+    return constrain(table, table_letters).at[ids].get(out_sharding=spec)
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:

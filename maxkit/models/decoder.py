@@ -296,7 +296,7 @@ class Positions(nnx.Module):
 
     def __call__(self, positions: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Vectors [B, T, D] of positions [B, T]."""
-        return mesh.gather_rows(self.table[...], positions, "BTD").astype(dtype)
+        return mesh.gather_rows(self.table[...], positions, "BTD", "SD").astype(dtype)
 
 
 class Head(nnx.Module):
