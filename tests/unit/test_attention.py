@@ -19,6 +19,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 from tiny_models import tiny
 
 from maxkit import mesh, ops
+from maxkit.data.packing import pack
 from maxkit.errors import UserError
 from maxkit.mesh_axes import AXES
 from maxkit.models.config import Execution
@@ -217,6 +218,15 @@ def test_what_counts_as_in_order(positions, segments, in_order):
     segments = None if segments is None else jnp.asarray([segments])
     found = ops.Visibility(jnp.asarray([positions]), query_segments=segments).in_order()
     assert found.tolist() == [in_order]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_what_packing_makes_is_in_order(packing):
+    examples = [([1] * length, [1] * length) for length in (3, 9, 4, 4, 12, 2, 7)]
+    columns = pack(examples, 16, packing=packing).columns
+    assert (columns["segment_ids"] == 0).any()
+    rows = ops.Visibility(jnp.asarray(columns["positions"]), query_segments=jnp.asarray(columns["segment_ids"]))
+    assert rows.in_order().all()
 
 
 # ---------------------------------------------------------------- splash
