@@ -26,7 +26,7 @@ import numpy as np
 class Sum:
     """What a pair of brackets holds: one product, or several of which `chosen` is meant."""
 
-    terms: tuple[tuple["str | Sum", ...], ...]
+    terms: "tuple[tuple[str | Sum, ...], ...]"
     chosen: int
 
 
@@ -34,8 +34,8 @@ class Sum:
 class Rearrangement:
     """Foreign axes to ours and back. `sizes` gives every letter's size."""
 
-    foreign: tuple["str | Sum", ...]
-    canonical: tuple["str | Sum", ...]
+    foreign: tuple[str | Sum, ...]
+    canonical: tuple[str | Sum, ...]
     sizes: dict[str, int]
 
     @property
@@ -85,19 +85,19 @@ class Rearrangement:
             [letters.index(letter) for letter in wanted]
         )
 
-    def _size(self, factor: "str | Sum") -> int:
+    def _size(self, factor: str | Sum) -> int:
         if isinstance(factor, Sum):
             return sum(math.prod(map(self._size, term)) for term in factor.terms)
         return 1 if factor == "1" else self.sizes[factor]
 
-    def _view(self, array: np.ndarray, factors: tuple["str | Sum", ...]) -> np.ndarray:
+    def _view(self, array: np.ndarray, factors: tuple[str | Sum, ...]) -> np.ndarray:
         view, axis = array, 0
         for factor in factors:
             view, axis = self._split(view, axis, factor)
         assert np.may_share_memory(view, array) or not array.size  # splitting an axis never copies
         return view
 
-    def _split(self, view: np.ndarray, axis: int, factor: "str | Sum") -> tuple[np.ndarray, int]:
+    def _split(self, view: np.ndarray, axis: int, factor: str | Sum) -> tuple[np.ndarray, int]:
         """`view` with one axis per letter of `factor` at `axis`, and the number of the axis behind them."""
         if isinstance(factor, str):
             return (view.squeeze(axis), axis) if factor == "1" else (view, axis + 1)
@@ -111,7 +111,7 @@ class Rearrangement:
         return view, axis
 
 
-def _letters(factors: tuple["str | Sum", ...]) -> str:
+def _letters(factors: tuple[str | Sum, ...]) -> str:
     """The letters that `factors` leave after choosing."""
     found = ""
     for factor in factors:
@@ -125,16 +125,16 @@ def parse_axes(axes: str, sizes: dict[str, int]) -> Rearrangement:
 
 
 @functools.lru_cache(maxsize=1024)
-def _parse_sides(axes: str) -> tuple[tuple["str | Sum", ...], tuple["str | Sum", ...]]:
+def _parse_sides(axes: str) -> tuple[tuple[str | Sum, ...], tuple[str | Sum, ...]]:
     source, _, target = axes.replace(" ", "").partition(">")
     foreign, canonical = _parse(source), _parse(target or source)
     assert sorted(_letters(foreign)) == sorted(set(_letters(canonical))) == sorted(_letters(canonical)), axes
     return foreign, canonical
 
 
-def _parse(side: str) -> tuple["str | Sum", ...]:
+def _parse(side: str) -> tuple[str | Sum, ...]:
     terms, rest = _parse_terms(side)
-    assert not rest and len(terms.terms) == 1, side
+    assert not rest and len(terms.terms) == 1 and side.count("(") == side.count(")"), side
     return terms.terms[0]
 
 
