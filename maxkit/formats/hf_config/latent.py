@@ -27,7 +27,10 @@ def _latent_fields(values: Values) -> dict[str, Any]:
     heads = values["num_attention_heads"]
     if values["num_key_value_heads"] not in (None, heads):
         raise ValueError(f"num_key_value_heads must be num_attention_heads={heads}: the latent is one for all heads")
-    head_dim = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
+    turned = values["qk_rope_head_dim"]
+    if values["head_dim"] not in (None, turned):  # these classes mean the part that RoPE turns
+        raise ValueError(f"head_dim={values['head_dim']} must be qk_rope_head_dim={turned}")
+    head_dim = values["qk_nope_head_dim"] + turned
     dense, count = values["first_k_dense_replace"], values["num_hidden_layers"]
     return {
         "head_dim": head_dim,
@@ -51,8 +54,8 @@ def _latent_written(config: ModelConfig) -> dict[str, Any]:
 
 
 def _keys(names: dict[str, Key]) -> dict[str, Key]:
-    # head_dim: the classes set it to qk_rope_head_dim whatever the file says.
-    return {name: key for name, key in names.items() if name != "head_dim"} | {
+    return names | {
+        "head_dim": Key("mla.rope_head_dim", keys.count, None, nullable=True, direct=False),
         "num_key_value_heads": Key("num_kv_heads", keys.count, None, nullable=True, direct=False),
         "qk_nope_head_dim": Key("mla.nope_head_dim", keys.count, 128),
         "qk_rope_head_dim": Key("mla.rope_head_dim", keys.count, 64),
@@ -63,7 +66,6 @@ def _keys(names: dict[str, Key]) -> dict[str, Key]:
 
 
 _NO_EFFECT = ROUTER_TRAINING | {
-    "head_dim": "the class sets it to qk_rope_head_dim",
     "qk_head_dim": "the class sets it to qk_nope_head_dim + qk_rope_head_dim",
     "aux_loss_alpha": "only training uses the balance loss",
     "seq_aux": "only training uses the balance loss",
