@@ -147,6 +147,7 @@ class Moe(nnx.Module):
         choice = routing.choice
         if real is not None:
             choice = jnp.where(real[..., None], choice, moe.num_experts)
+        grouping = "groups" if mesh.devices_in_force().platform == "tpu" else "blocks"
         capacity = None
         if execution.moe_dispatch == "capacity":
             factor = execution.moe_capacity_factor
@@ -161,6 +162,7 @@ class Moe(nnx.Module):
                 parameters,
                 lambda gate, up: gated(self.config, gate, up),
                 dispatch=execution.moe_dispatch,
+                grouping=grouping,
                 capacity=capacity,
                 scale_inputs=moe.scale_inputs,
             )

@@ -71,6 +71,34 @@ def test_the_dispatches_agree_in_values_and_gradients(variant):
     assert float(jnp.abs(dense[0][0]).max()) > 0.1
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("scale_inputs", [False, True])
+def test_groups_and_blocks_agree_however_uneven_the_load(tokens, scale_inputs):
+    """All on one expert, experts without a token, choices of nobody; more experts than rows too."""
+    draw = np.random.default_rng(3)
+    cfg = config(expert_bias=True)
+    parameters = layer(cfg).experts.parameters()
+    x = jnp.asarray(draw.normal(size=(2, tokens, 16)), jnp.float32)
+    weights = jnp.asarray(draw.random((2, tokens, 2)), jnp.float32)
+    spread = np.stack([draw.choice(8, 2, replace=False) for _ in range(2 * tokens)]).reshape(2, tokens, 2)
+    one, none = np.broadcast_to([6, 8], spread.shape), np.full(spread.shape, -1)
+    mixed = np.where(draw.random(spread.shape) < 0.3, 99, spread)
+
+    def loss(x, weights, parameters, choice, dispatch, grouping):
+        options = {"dispatch": dispatch, "grouping": grouping, "scale_inputs": scale_inputs}
+        y = ops.run_experts(x, choice, weights, parameters, functools.partial(gated, cfg), **options)
+        return jnp.sum(jnp.sin(y)), y
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=(4, 5))
+    for choice in (spread, one, none, mixed):
+        choice = jnp.asarray(choice, jnp.int32)
+        want = step(x, weights, parameters, choice, "dense", "blocks")
+        for grouping in ("groups", "blocks"):
+            found = step(x, weights, parameters, choice, "ragged", grouping)
+            for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(found), strict=True):
+                np.testing.assert_allclose(b, a, atol=2e-5 * max(float(jnp.abs(a).max()), 1e-3))
+
+
 # ---------------------------------------------------------------- routing, in numpy and float64
 
 ROUTINGS = VARIANTS | {
