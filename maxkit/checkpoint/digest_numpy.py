@@ -50,22 +50,29 @@ def digest_array(array: Any) -> str:
     Reads chunk by chunk: beside the array it needs about 1 MB (a non-contiguous array is copied).
     """
     array = np.asarray(array)
-    words = _as_words(array)
+    words = as_words(array)
     if not words.size:
         return format_lanes(0, 0)
     inner = inner_words(array.shape, words_per_element(array.dtype))
     sums = [0, 0]
     for start in range(0, words.size, inner):
-        group = words[start : start + inner]
-        for offset in range(0, group.size, _CHUNK_WORDS):
-            chunk = group[offset : offset + _CHUNK_WORDS]
-            position = np.arange(offset, offset + chunk.size, dtype=np.int64).astype(np.uint32)
-            for lane, constants in enumerate(LANES):
-                sums[lane] += _lane_sum(chunk, position, start // inner, constants)
+        for lane, value in enumerate(lane_sums(words[start : start + inner], 0, start // inner)):
+            sums[lane] += value
     return format_lanes(*sums)
 
 
-def _as_words(array: np.ndarray) -> np.ndarray:
+def lane_sums(words: np.ndarray, offset: int, outer: int) -> tuple[int, int]:
+    """Both lane sums of the words number `offset` and on of group `outer`, modulo 2^32."""
+    sums = [0, 0]
+    for start in range(0, words.size, _CHUNK_WORDS):
+        chunk = words[start : start + _CHUNK_WORDS]
+        position = np.arange(offset + start, offset + start + chunk.size, dtype=np.int64).astype(np.uint32)
+        for lane, constants in enumerate(LANES):
+            sums[lane] += _lane_sum(chunk, position, outer, constants)
+    return sums[0] & 0xFFFFFFFF, sums[1] & 0xFFFFFFFF
+
+
+def as_words(array: np.ndarray) -> np.ndarray:
     """Flat little-endian words of 1, 2 or 4 bytes, without a copy where the array is contiguous."""
     dtype = array.dtype
     if dtype.name in ("int2", "uint2", "int4", "uint4"):  # ml_dtypes keeps them one to a byte

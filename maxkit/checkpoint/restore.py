@@ -6,10 +6,8 @@ differences at once and never ends in a traceback of Orbax or JAX. Next to read:
 """
 
 import collections
-import contextlib
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +16,7 @@ import numpy as np
 import tensorstore as ts
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from maxkit.checkpoint import arrays as arrays_on_disk
 from maxkit.checkpoint import digest, mismatch
 from maxkit.checkpoint import manifest as manifests
 from maxkit.types import Tree
@@ -102,22 +101,21 @@ def _read(item_path: Any, stored: dict[str, jax.ShapeDtypeStruct]) -> dict[str, 
     Orbax's own reader gives the same bits, but on a damaged file it leaves a page of tracebacks from
     abandoned event loops on stderr, whatever is caught here.
     """
-    # A cache for OCDBT's tree only: with one for the chunks as well reading took twice as long.
-    context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
-    opened = {path: ts.open(_array_spec(item_path, path), context=context, read=True) for path in stored}
+    context = arrays_on_disk.context()
+    opened = {path: ts.open(arrays_on_disk.array_spec(item_path, path), context=context, read=True) for path in stored}
     arrays: dict[str, jax.Array] = {}
     started: collections.deque[tuple[str, dict[Any, ts.Future]]] = collections.deque()
     waiting_bytes = 0
 
     def finish_oldest() -> int:
         path, reads = started.popleft()
-        with _damage_named(item_path, path):
+        with arrays_on_disk.damage_named(item_path, path):
             shards = {index: read.result() for index, read in reads.items()}
         arrays[path] = _assemble(shards, stored[path])
         return sum(shard.nbytes for shard in shards.values())
 
     for path, leaf in stored.items():
-        with _damage_named(item_path, path):
+        with arrays_on_disk.damage_named(item_path, path):
             array = opened[path].result()
             if array.shape != leaf.shape or array.dtype.numpy_dtype != leaf.dtype:
                 raise ValueError(f"{array.dtype.name}{list(array.shape)} is not what the manifest says")
@@ -129,14 +127,6 @@ def _read(item_path: Any, stored: dict[str, jax.ShapeDtypeStruct]) -> dict[str, 
     while started:
         finish_oldest()
     return arrays
-
-
-def _array_spec(item_path: Any, path: str) -> dict[str, Any]:
-    base = str(item_path) if "://" in str(item_path) else f"file://{os.path.abspath(item_path)}"
-    store = {"driver": "ocdbt", "base": f"{base}/", "path": path.replace("/", ".") + "/"}
-    store["cache_pool"] = "cache_pool#ocdbt"
-    # A chunk that is not there is damage, not zeros.
-    return {"driver": "zarr3", "kvstore": store, "fill_missing_data_reads": False}
 
 
 def _indices(leaf: jax.ShapeDtypeStruct) -> list[tuple[slice, ...]]:
@@ -157,15 +147,6 @@ def _assemble(shards: dict[Any, np.ndarray], leaf: jax.ShapeDtypeStruct) -> jax.
     places = leaf.sharding.addressable_devices_indices_map(leaf.shape).items()
     pieces = [jax.device_put(shards[_key(index)], device) for device, index in places]
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, pieces)
-
-
-@contextlib.contextmanager
-def _damage_named(item_path: Any, path: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError) as error:  # TensorStore's status codes arrive as ValueError
-        reason = " ".join(str(error).split("[tensorstore_spec")[0].split())[:300]
-        raise manifests.DamagedCheckpoint(f"{item_path}: {path} cannot be read: {reason}") from error
 
 
 def _stored_form(leaf: Any) -> jax.ShapeDtypeStruct:

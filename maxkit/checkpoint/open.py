@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a path or name points to, opened as `Contents`; and which layout of the layers a reader of it uses. No JAX.
+
+Every way into a checkpoint goes through here: `load`, runs that start from weights or continue, `generate`, `convert`,
+`compare`. Next to read: `contents.py`, `formats/contents.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from maxkit.checkpoint import inspect, sources
+from maxkit.checkpoint.contents import Plain, StoreContents
+from maxkit.errors import UserError
+from maxkit.formats.contents import Contents
+from maxkit.formats.gguf import GGUFReader
+from maxkit.formats.huggingface import HuggingFaceReader, read_config
+from maxkit.models.config import ModelConfig
+
+Description = ModelConfig | str | Path | None  # how a source was made
+
+
+def open_contents(path_or_model_name: str | Path, config: Description = None) -> Contents:
+    """Open a run, step or item folder, a model's folder or file, or a known name. Reads no tensor.
+
+    `config` describes how the source was made, where it does not say; what it says must agree.
+
+    Raises:
+        UserError: nothing is there, it cannot be read, or `config` contradicts it.
+    """
+    text = str(path_or_model_name)
+    path = inspect.as_path(text) if "://" in text else sources.resolve(text)
+    if path.is_file() and path.suffix == ".gguf":
+        opened: Any = Plain(GGUFReader(path))
+    elif path.is_dir() and (path / "config.json").exists():
+        opened = Plain(HuggingFaceReader(path))
+    else:
+        location = inspect.find(path)
+        if location.kind != "maxkit":
+            raise UserError(
+                f"{path}: a checkpoint of kind {location.kind!r} cannot be loaded yet; see maxkit inspect {path}"
+            )
+        opened = StoreContents(location.path)
+    check_config(opened, config, path_or_model_name)
+    return opened
+
+
+def check_config(source: Contents, given: Description, where: object) -> None:
+    """Refuse a description that contradicts what the source records about itself."""
+    if given is None:
+        return
+    described = given if isinstance(given, ModelConfig) else read_description(Path(given))
+    ours, theirs = source.config.model_dump(), described.model_dump()
+    differing = [
+        f"{name}: {ours[name]!r} recorded, {theirs[name]!r} given" for name in ours if ours[name] != theirs[name]
+    ]
+    if differing:
+        raise UserError(f"config={given} contradicts what {where} records: {'; '.join(differing)}")
+
+
+def read_description(path: Path) -> ModelConfig:
+    """The architecture that a config.json, or the folder of one, describes."""
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.exists():
+        raise UserError(f"config={path}: no such file; give the path of a config.json")
+    return read_config(path)
+
+
+def resolve_scan_layers(stored: bool | None, explicit: bool | None, origin: str, where: object) -> tuple[bool, str]:
+    """The layout to load, and a line that says why. `origin` says where the explicit value came from.
+
+    Raises:
+        UserError: an explicit value differs from the stored one.
+    """
+    if stored is None:
+        value = True if explicit is None else explicit
+        why = "stacked by default" if explicit is None else f"from {origin}"
+        return value, f"scan_layers={value} ({why}; the source has no layout of its own)"
+    if explicit is not None and explicit != stored:
+        raise UserError(
+            f"scan_layers={explicit} was given ({origin}) but the checkpoint {where} stores scan_layers={stored}: "
+            f"leave scan_layers out to load it as it is, or convert the checkpoint: "
+            f"maxkit convert {where} CONVERTED --to maxkit --scan-layers {str(explicit).lower()}"
+        )
+    return stored, f"scan_layers={stored} (loaded from the checkpoint)"
+
+
+def layout_evidence(source: Contents, where: str | Path) -> list[str]:
+    """Lines on what the layout rests on where the checkpoint's metadata did not settle it."""
+    if source.format in ("maxkit", "hf", "gguf", "memory"):
+        return []
+    found = inspect.describe(where)["metadata"].get("evidence", [])
+    return [line for line in found if line.startswith("scan_layers:")]
