@@ -15,7 +15,7 @@ from maxkit.models.gated_delta import GatedDelta
 from maxkit.models.layers import Make
 
 torch = pytest.importorskip("torch")
-# Of the largest output. Both are float32, with sums in different orders: 2e-6 measured.
+# Of the largest output. Both are float32, with sums in different orders: 2.5e-6 measured.
 TOLERANCE = 1e-5
 SIZES = {
     "heads alike": GatedDeltaConfig(num_key_heads=3, num_value_heads=3, key_head_dim=8, value_head_dim=8),

@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated delta rule against a recurrence in float64, and the mixer in pieces, packed, padded, scanned, sharded.
 
-Run as a program (by the last test, with 8 simulated devices) it prints what the mixer does on meshes.
+Values on 8 devices are those of test_family_sharding.py, whole models those of tests/golden.
 """
 
 import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from maxkit import mesh as meshes
+from maxkit.mesh_axes import AXES
 from maxkit.models.attention import Context
 from maxkit.models.config import BlockSpec, GatedDeltaConfig, ModelConfig
 from maxkit.models.gated_delta import GatedDelta
@@ -41,7 +38,9 @@ CONFIG = ModelConfig(
 )
 # Lengths of segments, 0 meaning one token of padding; each has 21 tokens.
 PACKED = [[21], [8, 8, 5], [1, 1, 16, 3], [3, 14, 0, 0, 0, 0]]
-# float32 sums in another order: 5e-7 measured.
+# The same in small, 8 tokens, for what compiles whole layers.
+SHORT = [[8], [3, 5], [1, 1, 4, 2], [3, 3, 0, 0]]
+# float32 sums in another order: 1e-6 measured, 2.5e-6 where keys repeat.
 ATOL = 2e-5
 
 
@@ -197,17 +196,25 @@ def context(segments, layer=None):
 
 
 @functools.lru_cache(maxsize=8)
-def built(width=4):
-    """(graphdef, state) of a mixer with biases and scales that differ from head to head."""
+def built(width=4, layers=None):
+    """(config, graphdef, state) of a mixer, or of a stack of them, with random values made by numpy."""
     sizes = CONFIG.gated_delta.model_copy(update={"conv_width": width})
     config = CONFIG.model_copy(update={"gated_delta": sizes})
-    graphdef, state = nnx.split(GatedDelta(config, SPEC, Make(jax.random.key(0), jnp.float32).at("delta")))
     draw = np.random.default_rng(3)
-    state = jax.tree.map(lambda x: x + jnp.asarray(0.2 * draw.normal(size=x.shape), x.dtype), state)
-    return config, graphdef, state
+
+    def make():
+        make = Make(jax.random.key(0), jnp.float32).at("delta")
+        return GatedDelta(config, SPEC, make if layers is None else make.for_layers(layers, stacked=True))
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    return config, graphdef, jax.tree.map(lambda x: jnp.asarray(0.4 * draw.normal(size=x.shape), x.dtype), state)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# Compiling is what takes the time here.
+quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(quickly, static_argnums=0)
 def mix(graphdef, state, x, segments=None, cache=None):
     return nnx.merge(graphdef, state)(x, context(segments), cache)
 
@@ -223,18 +230,18 @@ def empty(config, rows, dtype="float32"):
 
 def test_packed_documents_do_not_know_each_other():
     _, graphdef, state = built()
-    x, segments = inputs(1, 21), segments_of([[8, 8, 5]])
+    x, segments = inputs(1, 9), segments_of([[3, 3, 3]])
     packed, _ = mix(graphdef, state, x, segments)
-    alone = [mix(graphdef, state, x[:, a:b])[0] for a, b in ((0, 8), (8, 16), (16, 21))]
+    alone = [mix(graphdef, state, x[:, a : a + 3])[0] for a in (0, 3, 6)]
     np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=ATOL)
-    joined, _ = mix(graphdef, state, x)
+    joined, _ = mix(graphdef, state, x, np.ones_like(segments))
     assert np.abs(np.asarray(joined - packed)).max() > 0.01
 
 
 @pytest.mark.parametrize("width", [1, 4])
 def test_token_by_token_equals_the_whole_row(width):
     config, graphdef, state = built(width)
-    segments = segments_of(PACKED[:3])
+    segments = segments_of(SHORT[:3])
     x = inputs(*segments.shape)
     wanted, _ = mix(graphdef, state, x, segments)
     cache, outputs = empty(config, 3), []
@@ -291,8 +298,8 @@ def test_bfloat16_keeps_a_float32_state():
     kinds = {name: str(value.dtype) for name, value in cache.items()}
     convs = {f"conv_{name}": "bfloat16" for name in ("query", "key", "value")}
     assert kinds == convs | {"state": "float32", "segment": "int32"} and y.dtype == jnp.bfloat16
-    # 8 bits of mantissa through five products: 1 % measured.
-    assert np.abs(np.asarray(y, np.float32) - wanted).max() < 0.04 * np.abs(wanted).max()
+    # 8 bits of mantissa through projections, convolution, gate and norm: 3 % measured.
+    assert np.abs(np.asarray(y, np.float32) - wanted).max() < 0.06 * np.abs(wanted).max()
 
 
 def test_paths_and_letters_are_those_of_the_canonical_table():
@@ -327,12 +334,6 @@ def test_heads_begin_with_memories_of_many_lengths():
 # ---------------------------------------------------------------- stacked, rematerialised, on a mesh
 
 
-def stack(make):
-    """Both layers in one mixer: (graphdef, state with axis 0)."""
-    return nnx.split(GatedDelta(CONFIG, SPEC, make.for_layers((0, 1), stacked=True)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def scanned(graphdef, state, x, segments, caches=None):
     """Two layers with a residual stream, as the decoder scans them: caches carried, layer numbers scanned."""
 
@@ -346,91 +347,61 @@ def scanned(graphdef, state, x, segments, caches=None):
 
 
 def loss(graphdef, state, x, segments):
-    return jnp.sum(jnp.sin(scanned(graphdef, state, x, segments)[0]))
+    x, caches = scanned(graphdef, state, x, segments)
+    return jnp.sum(jnp.sin(x)), caches
 
 
 def test_stacked_layers_equal_single_ones_with_and_without_caches():
-    make = Make(jax.random.key(0), jnp.float32).at("delta")
-    graphdef, state = stack(make)
-    singles = [nnx.split(GatedDelta(CONFIG, SPEC, make.for_layers((n,), stacked=False))) for n in (0, 1)]
-    segments = segments_of(PACKED[:2])
-    x = inputs(2, 21)
+    _, graphdef, state = built(layers=(0, 1))
+    _, single, _ = built()
+    segments = segments_of(SHORT[:3])
+    x = inputs(3, 8)
 
-    def unrolled(states):
+    def unrolled(state):
         y = x
-        for (graphdef, _), state in zip(singles, states, strict=True):
-            y = y + nnx.merge(graphdef, state)(y, context(segments), None)[0]
+        for number in (0, 1):
+            layer = jax.tree.map(lambda leaf, number=number: leaf[number], nnx.to_pure_dict(state))
+            mixer = nnx.merge(single, nnx.State(layer))
+            y = y + mixer(y, context(segments), None)[0]
         return jnp.sum(jnp.sin(y)), y
 
-    gradients, wanted = jax.jit(jax.grad(unrolled, has_aux=True))([state for _, state in singles])
-    found, _ = scanned(graphdef, state, x, segments)
-    np.testing.assert_allclose(found, wanted, atol=ATOL)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.to_pure_dict, gradients))
-    checked = nnx.to_pure_dict(jax.grad(functools.partial(loss, graphdef))(state, x, segments))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), checked, stacked)
-    caches = {name: jnp.stack([value, value]) for name, value in empty(CONFIG, 2).items()}
-    first, caches = scanned(graphdef, state, x[:, :9], segments[:, :9], caches)
-    second, caches = scanned(graphdef, state, x[:, 9:], segments[:, 9:], caches)
+    gradients, wanted = quickly(jax.grad(unrolled, has_aux=True))(state)
+    found, _ = quickly(jax.grad(loss, argnums=1, has_aux=True), static_argnums=0)(graphdef, state, x, segments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), found, gradients)
+    caches = {name: jnp.stack([value, value]) for name, value in empty(CONFIG, 3).items()}
+    run = quickly(scanned, static_argnums=0)
+    first, caches = run(graphdef, state, x[:, :7], segments[:, :7], caches)
+    second, _ = run(graphdef, state, x[:, 7:], segments[:, 7:], caches)
     np.testing.assert_allclose(np.concatenate([first, second], axis=1), wanted, atol=ATOL)
 
 
-def on_meshes():
-    """For each mesh: largest differences to no mesh of output, gradients and cached output; gradients laid out amiss."""
-    graphdef, state = stack(Make(jax.random.key(0), jnp.float32))
-    x, segments = inputs(8, 21), segments_of(PACKED * 2)
-    gradient = jax.jit(jax.grad(functools.partial(loss, graphdef)))
-    wanted, grads = scanned(graphdef, state, x, segments)[0], gradient(state, x, segments)
-    out = {}
-    for description in ("fsdp:8", "fsdp:4,tensor:2", "fsdp:2,tensor:4"):
-        mesh = meshes.make_mesh(description)
-        with jax.set_mesh(mesh):
-            placed = jax.tree.map(
-                lambda v, mesh=mesh: v.replace(jax.device_put(v[...], _sharding(v, mesh))), state, is_leaf=_is_variable
-            )
-            xs, ids = (jax.device_put(a, meshes.batch_sharding(mesh, a.ndim)) for a in (x, segments))
-            y, _ = scanned(graphdef, placed, xs, ids)
-            found = gradient(placed, xs, ids)
+@pytest.mark.parametrize("tensor", [2, 4])  # 4 divides the value heads but not the key heads
+def test_layouts_on_a_mesh(tensor):
+    """Traced only: under Explicit axes every array's layout is part of its type."""
+    config, graphdef, state = built(layers=(0, 1))
+    sizes = {"fsdp": 2, "tensor": tensor}
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
-            @jax.jit
-            def pieces(state, x, ids):
-                shapes = GatedDelta.cache_shapes(CONFIG, 8, 32)
-                caches = {n: meshes.zeros((2, *s), kind or "float32", "L" + k) for n, (s, k, kind) in shapes.items()}
-                outputs = []
-                for a, b in ((0, 9), (9, 10), (10, 21)):
-                    y, caches = scanned(graphdef, state, x[:, a:b], ids[:, a:b], caches)
-                    outputs.append(y)
-                return jnp.concatenate(outputs, axis=1)
+    def shaped(shape, kind, letters, spec_of=meshes.sharding_of):
+        return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec_of(letters, shape)))
 
-            cached = pieces(placed, xs, ids)
-        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(grads), strict=True)
-        variables = zip(nnx.to_flat_state(found), nnx.to_flat_state(placed), strict=True)
-        out[description] = {
-            "output": float(np.abs(np.asarray(y) - wanted).max()),
-            "gradients": max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs),
-            "cached": float(np.abs(np.asarray(cached) - wanted)[segments != 0].max()),
-            "amiss": ["/".join(path) for (path, g), (_, v) in variables if g[...].sharding != v[...].sharding],
+    with jax.sharding.use_abstract_mesh(mesh):
+        spec_of = functools.partial(meshes.weight_spec, mesh=mesh)
+        weights = jax.tree.map(
+            lambda v: v.replace(shaped(v.shape, v.dtype, v.get_metadata()["letters"], spec_of)),
+            state,
+            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+        )
+        caches = {
+            name: shaped((2, *shape), kind or "float32", "L" + letters)
+            for name, (shape, letters, kind) in GatedDelta.cache_shapes(config, 2, 32).items()
         }
-    print(json.dumps(out))
-
-
-def _is_variable(leaf):
-    return isinstance(leaf, nnx.Variable)
-
-
-def _sharding(variable, mesh):
-    return meshes.weight_sharding(variable.get_metadata()["letters"], variable.shape, mesh)
-
-
-def test_eight_devices_equal_one():
-    flags = "--xla_force_host_platform_device_count=8"
-    root = Path(__file__).parent.parent.parent
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for description, found in json.loads(done.stdout.splitlines()[-1]).items():
-        assert found["output"] < ATOL and found["cached"] < ATOL and found["gradients"] < 1e-4, (description, found)
-        assert not found["amiss"], (description, found)
-
-
-if __name__ == "__main__":
-    on_meshes()
+        for length in (1, 8):  # a step, a prefill
+            x, segments = shaped((2, length, 16), "float32", "BTD"), shaped((2, length), "int32", "BT")
+            y, after = jax.eval_shape(functools.partial(scanned, graphdef), weights, x, segments, caches)
+            assert y.sharding == x.sharding
+            assert {name: c.sharding for name, c in after.items()} == {name: c.sharding for name, c in caches.items()}
+        gradients, _ = jax.eval_shape(jax.grad(functools.partial(loss, graphdef), has_aux=True), weights, x, segments)
+    wanted = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
+    assert {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)} == wanted
+    assert sum("tensor" in str(sharding.spec) for sharding in wanted.values()) == (10 if tensor == 2 else 6)
