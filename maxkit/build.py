@@ -14,6 +14,7 @@ from maxkit import mesh as meshes
 from maxkit.checkpoint import load
 from maxkit.config import Pretrain, RecipeConfig, Sft
 from maxkit.errors import UserError
+from maxkit.formats import presets
 from maxkit.models.config import Execution, ModelConfig
 from maxkit.models.definition import ModelDefinition
 from maxkit.models.lora import LoraConfig
@@ -86,11 +87,14 @@ def blueprint(
 def architecture(cfg: RecipeConfig) -> tuple[ModelConfig, load.Source | load.MaxkitSource | None, str | None]:
     """(architecture, opened source of weights or None, its path or name).
 
-    `model` gives the architecture and, unless `load_parameters_path` is set, the weights.
+    `model` gives the architecture and, unless `load_parameters_path` is set, the weights; the name of a preset gives
+    the architecture alone, to pretrain from scratch.
 
     Raises:
         UserError: both record an architecture and they differ; or neither is there.
     """
+    if isinstance(cfg, Pretrain) and presets.is_preset(cfg.model):
+        return _from_preset(cfg)
     named = load.open_source(cfg.model) if cfg.model else None
     if named is not None:
         load.check_config(named, cfg.config, cfg.model)
@@ -103,6 +107,16 @@ def architecture(cfg: RecipeConfig) -> tuple[ModelConfig, load.Source | load.Max
     if isinstance(cfg, Pretrain):
         return from_sizes(cfg), None, None
     raise UserError(f"{cfg.recipe}: give a model, for example model=smollm2-135m-instruct")
+
+
+def _from_preset(cfg: Pretrain) -> tuple[ModelConfig, load.Source | load.MaxkitSource | None, str | None]:
+    config = presets.preset_config(cfg.model)
+    load.check_same(config, cfg.config, f"preset {cfg.model}")
+    if not cfg.load_parameters_path:
+        return config, None, None
+    source = load.open_source(cfg.load_parameters_path)
+    load.check_config(source, config, cfg.load_parameters_path)
+    return source.config, source, cfg.load_parameters_path
 
 
 def from_sizes(cfg: Pretrain) -> ModelConfig:

@@ -22,6 +22,7 @@ from maxkit import mesh as meshes
 from maxkit.checkpoint import inspect, manifest, restore, sources
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.errors import UserError, nearest
+from maxkit.formats import presets
 from maxkit.formats.gguf import GGUFReader
 from maxkit.formats.huggingface import HuggingFaceReader, read_config
 from maxkit.models.config import Execution, ModelConfig
@@ -32,31 +33,6 @@ from maxkit.types import Tree
 
 Policy = Literal["error", "warn", "init"]
 WEIGHT_TYPES = ("float32", "bfloat16", "float16")
-
-
-class Source(Protocol):
-    """An opened foreign checkpoint: what it records, and its tensors by canonical address."""
-
-    format: str
-    config: ModelConfig
-
-    def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that came with it."""
-
-    def addresses(self) -> Iterable[tuple[str, int | None]]:
-        """(canonical path, layer number or None) of every tensor it has."""
-
-    def unused_keys(self) -> list[str]:
-        """Stored tensors that the model does not use."""
-
-    def ignored_keys(self) -> dict[str, str]:
-        """Stored tensors that are no part of the model, each with the reason."""
-
-    def missing_keys(self) -> list[str]:
-        """Tensors that the model needs and that are not stored."""
-
-    def read(self, path: str, layer: int | None = None) -> np.ndarray:
-        """One layer's tensor in canonical orientation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,114 +102,9 @@ def load(
     return Loaded(definition, params, source.tokenizer(), tuple(report), str(path_or_model_name), mesh)
 
 
-def open_source(path_or_model_name: str | Path) -> "Source | MaxkitSource":
-    """Open what a name or path points to, by its own look, without reading tensors.
-
-    Raises:
-        UserError: nothing there, or nothing that can be read.
-    """
-    text = str(path_or_model_name)
-    path = epath.Path(text) if "://" in text else sources.resolve(text)
-    if path.is_file() and path.suffix == ".gguf":
-        return GGUFReader(path)
-    if path.is_dir() and (path / "config.json").exists():
-        return HuggingFaceReader(path)
-    location = inspect.find(path)
-    if location.kind != "maxkit":
-        raise UserError(
-            f"{path}: a checkpoint of kind {location.kind!r} cannot be loaded yet; see maxkit inspect {path}"
-        )
-    return MaxkitSource(epath.Path(location.path))
-
-
-class MaxkitSource:
-    """One step of a maxkit run."""
-
-    format = "maxkit"
-
-    def __init__(self, step_path: Any):
-        self.step_path = step_path
-        self.manifest = manifest.read_manifest(step_path)
-        model = dict(self.manifest.model)
-        lora = model.pop("lora", None)
-        self.lora = LoraConfig(**lora) if lora else None
-        self.config = ModelConfig.model_validate(model)
-        self.scan_layers = self.manifest.scan_layers
-        self.paths = {
-            path.split("/", 1)[1]: path for path in self.manifest.leaves if path.startswith(("params/", "base/"))
-        }
-
-    @property
-    def dtypes(self) -> dict[str, int]:
-        """{dtype: number of weights stored in it}."""
-        names = [self.manifest.leaves[path].dtype for path in self.paths.values()]
-        return {name: names.count(name) for name in names}
-
-    def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer saved with the step."""
-        files = manifest.read_tokenizer(self.step_path, self.manifest)
-        if not files:
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in files.items():
-                (Path(folder) / name).write_bytes(content)
-            return Tokenizer.load(folder)
-
-    def leaves(self, parameters: list[Parameter], mesh: Mesh | None) -> dict[str, jax.Array]:
-        """Arrays of `parameters` by path, in their stored dtype, verified and in their final layout."""
-        wanted = {}
-        for parameter in parameters:
-            record = self.manifest.leaves[self.paths[parameter.path]]
-            if tuple(record.shape) != parameter.shape:
-                raise UserError(
-                    f"{self.step_path}: {parameter.path} has shape {record.shape}, config says {parameter.shape}"
-                )
-            sharding = meshes.weight_sharding(parameter.letters, parameter.shape, mesh) if mesh else None
-            wanted[self.paths[parameter.path]] = jax.ShapeDtypeStruct(
-                parameter.shape, jnp.dtype(record.dtype), sharding=sharding
-            )
-        arrays = restore.read_leaves(self.step_path, wanted, self.manifest)
-        return {path.split("/", 1)[1]: array for path, array in arrays.items()}
-
-
-def resolve_scan_layers(stored: bool | None, explicit: bool | None, origin: str, where: object) -> tuple[bool, str]:
-    """The layout to load, and a line that says why.
-
-    Raises:
-        UserError: an explicit value differs from the stored one.
-    """
-    if stored is None:
-        value = True if explicit is None else explicit
-        why = "stacked by default" if explicit is None else f"from {origin}"
-        return value, f"scan_layers={value} ({why}; the source has no layout of its own)"
-    if explicit is not None and explicit != stored:
-        raise UserError(
-            f"scan_layers={explicit} was given ({origin}) but the checkpoint {where} stores scan_layers={stored}: "
-            f"leave scan_layers out to load it as it is, or convert the checkpoint: "
-            f"maxkit convert {where} CONVERTED --to maxkit --scan-layers {str(explicit).lower()}"
-        )
-    return stored, f"scan_layers={stored} (loaded from the checkpoint)"
-
-
-def check_config(source: "Source | MaxkitSource", given: ModelConfig | str | Path | None, where: object) -> None:
-    """Refuse a description that contradicts what the source records about itself."""
-    if given is None:
-        return
-    described = given if isinstance(given, ModelConfig) else _read_description(Path(given))
-    ours, theirs = source.config.model_dump(), described.model_dump()
-    differing = [
-        f"{name}: {ours[name]!r} recorded, {theirs[name]!r} given" for name in ours if ours[name] != theirs[name]
-    ]
-    if differing:
-        raise UserError(f"config={given} contradicts what {where} records: {'; '.join(differing)}")
-
-
-def _read_description(path: Path) -> ModelConfig:
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.exists():
-        raise UserError(f"config={path}: no such file; give the path of a config.json")
-    return read_config(path)
+def open_source(path_or_model_name: str | Path, config: Description = None) -> Contents:
+    """Open what a name or path points to, by its own look, without reading tensors: `open.open_contents`."""
+    return open_contents(path_or_model_name, config)
 
 
 def source_dtype(source: "Source | MaxkitSource") -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from maxkit.errors import UserError, nearest
 from maxkit.fetch import HUB_TIMEOUT_S, HubFile, Wheel, fetch_file, first_line
+from maxkit.formats.presets import PRESETS, is_preset
 
 HUB_PREFIX = "hf:"
 # What the readers open.
@@ -68,6 +69,13 @@ def resolve(model: str | Path) -> Path:
         return fetch_file(found.filename, sha256=found.sha256, sources=found.sources)
     if found is not None:
         return _snapshot(found)
+    if is_preset(text):
+        hubs = PRESETS[text].hub_ids
+        weights = f", or {HUB_PREFIX}{hubs[0]}" if hubs else ""
+        raise UserError(
+            f"model={text!r} is an architecture without weights, for recipe pretrain: "
+            f"give a folder that has them{weights}"
+        )
     raise UserError(f"model={text!r} is neither a path that exists nor a known name: {_advice(text)}")
 
 

@@ -6,6 +6,7 @@ taken from and how many parameters are published, which a test compares with the
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from maxkit.errors import UserError, nearest
@@ -39,6 +40,11 @@ def preset_config(name: str) -> ModelConfig:
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is not known: {nearest(name, PRESETS)}")
     return read_config_dict(preset_json(name), f"preset {name}")
+
+
+def is_preset(name: object) -> bool:
+    """Whether `name` means a preset: a file or folder of that name goes before."""
+    return str(name) in PRESETS and not Path(str(name)).exists()
 
 
 def preset_json(name: str) -> dict[str, Any]:

@@ -11,16 +11,19 @@ from jax.sharding import Mesh
 from maxkit import build
 from maxkit import mesh as meshes
 from maxkit.config import RecipeConfig
+from maxkit.formats import presets
 from maxkit.formats.huggingface import read_config
 from maxkit.types import Batch, TrainState, Tree
 
 
 def blueprint(cfg: RecipeConfig) -> build.Blueprint:
-    """What `run` builds of this config; here a `model` may also be a folder with a config.json and no weights.
+    """What `run` builds of this config; a `model` may here be a preset or a folder with a config.json and no weights.
 
     Raises:
         UserError: as `build.blueprint`.
     """
+    if presets.is_preset(cfg.model):
+        return build.blueprint(cfg, config=presets.preset_config(cfg.model))
     folder = Path(cfg.model).expanduser()
     described = folder / "config.json"
     if cfg.model and described.is_file() and not any(folder.glob("*.safetensors*")):
