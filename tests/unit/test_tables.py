@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-
 from golden.families import CASES, FIXTURES, unpack_keys
+
 from maxkit.errors import UserError
 from maxkit.formats.axes import parse_axes
 from maxkit.formats.huggingface import read_config
