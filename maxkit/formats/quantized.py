@@ -24,9 +24,10 @@ def decode_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     assert blocks.shape == (*scales.shape, MXFP4_BLOCK // 2) and blocks.dtype == scales.dtype == np.uint8
     pairs = np.stack([blocks & 0x0F, blocks >> 4], axis=-1)  # (..., G, 16, 2)
     values = _E2M1[pairs].reshape(*scales.shape, MXFP4_BLOCK)
-    powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+    powers = np.ldexp(np.float32(1), np.minimum(scales, 254).astype(np.int32) - 127)
     powers = np.where(scales == 255, np.float32(np.nan), powers)
-    scaled = (values * powers[..., None]).astype(ml_dtypes.bfloat16)
+    with np.errstate(over="ignore"):  # the largest values of the largest scale are infinite
+        scaled = (values * powers[..., None]).astype(ml_dtypes.bfloat16)
     return scaled.reshape(*scales.shape[:-1], scales.shape[-1] * MXFP4_BLOCK)
 
 

@@ -32,6 +32,15 @@ _OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8"
                 "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 DTYPE_NAMES = {dtype.name: name for name, dtype in _DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMS = 8
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a ValueError if a key is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError
+    return found
 
 
 class Entry(NamedTuple):
@@ -67,9 +76,9 @@ class SafetensorsFile:
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise self._fail(f"a header of {length} bytes in a file of {size}")
         try:
-            header = json.loads(self._data[8 : 8 + length].decode("utf-8"))
+            header = json.loads(self._data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
-            raise self._fail(f"the header is no JSON ({type(error).__name__})") from None
+            raise self._fail(f"the header is no JSON, or says a thing twice ({type(error).__name__})") from None
         if not isinstance(header, dict) or not isinstance(header.get("__metadata__") or {}, dict):
             raise self._fail("the header is no JSON object")
         return header, 8 + length
@@ -80,7 +89,8 @@ class SafetensorsFile:
             numbers = [*shape, first, last]
         except (KeyError, TypeError, ValueError):
             raise self._fail(f"tensor {name[:80]!r} has no dtype, shape and data_offsets") from None
-        if not all(type(number) is int and number >= 0 for number in numbers) or not isinstance(dtype, str):
+        possible = all(type(number) is int and number >= 0 for number in numbers) and len(shape) <= MAX_DIMS
+        if not possible or not isinstance(dtype, str):
             raise self._fail(f"tensor {name[:80]!r} has an impossible shape, dtype or place")
         width = _DTYPES[dtype].itemsize if dtype in _DTYPES else _OTHER_BYTES.get(dtype)
         if width is not None and last - first != math.prod(shape) * width:
