@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import urllib.parse
 from typing import Any, NamedTuple
 
 from maxkit.checkpoint import manifest as manifests
@@ -90,9 +91,15 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
     weights), groups, dtypes ({dtype: number of weight tensors}), step, optimizer, metadata (everything else
     that is known).
 
+    A path may also be the name of a preset, which has no weights.
+
     Raises:
         UserError: nothing known is there, or its description is damaged.
     """
+    from maxkit.formats.presets import is_preset
+
+    if is_preset(path):
+        return _describe_preset(CheckpointLocation("preset", path))
     place = find(path)
     readers = {
         "maxkit": _describe_maxkit,
@@ -139,6 +146,8 @@ def item_arrays(item_path: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 def as_path(path: str | os.PathLike) -> Any:
     """A path of any file system; a trailing slash and ~ do not matter."""
     text = os.fspath(path)
+    if text.startswith("file://"):  # etils knows the schemes of object stores only
+        text = urllib.parse.unquote(urllib.parse.urlsplit(text).path)
     if "://" in text:
         from etils import epath  # not needed for local paths
 
@@ -256,23 +265,52 @@ def _describe_orbax(place: CheckpointLocation) -> dict[str, Any]:
 
 
 def _describe_hf(place: CheckpointLocation) -> dict[str, Any]:
+    from maxkit.formats.hf_config.reader import read_object
     from maxkit.formats.safetensors import SafetensorsFile
 
-    try:
-        config = json.loads((place.path / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{place.path / 'config.json'} is not JSON: {error}") from error
+    raw = read_object(place.path / "config.json")
     files = sorted(place.path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{place.path}: its weights are *.bin files; only safetensors are read: convert them first")
     entries = {name: entry for file in files for name, entry in SafetensorsFile(file).entries.items()}
-    layers = config.get("num_hidden_layers")
+    found = _without_layout("hf", raw.get("model_type"), raw.get("num_hidden_layers"), entries.values())
+    metadata = {"config": raw, "files": [p.name for p in files]}
+    metadata["tokenizer"] = [p.name for p in sorted(place.path.glob("tokenizer*"))]
     generation = place.path / "generation_config.json"
-    extra = {"generation_config": json.loads(generation.read_text())} if generation.exists() else {}
-    tokenizer = [p.name for p in sorted(place.path.glob("tokenizer*"))]
-    return _without_layout("hf", config.get("model_type"), layers, entries.values()) | {
-        "metadata": {"config": config, "files": [p.name for p in files], "tokenizer": tokenizer, **extra}
+    if generation.exists():
+        metadata["generation_config"] = read_object(generation)
+    try:
+        described = _architecture(raw, str(place.path / "config.json"))
+    except UserError as error:  # it can still be looked at
+        return found | {"metadata": {"not_supported": str(error), **metadata}}
+    return found | described | {"metadata": described["metadata"] | metadata}
+
+
+def _architecture(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a config.json alone says: family, groups, number of parameters, sizes."""
+    from maxkit.formats.hf_config.reader import read_config_dict
+    from maxkit.formats.tables import find_table
+    from maxkit.models import summary
+
+    config = read_config_dict(raw, where)
+    places = find_table(config, "hf").entries.values()
+    return {
+        "family": config.family,
+        "num_params": sum(math.prod(place.canonical_shape) for place in places),
+        "groups": summary.groups(config),
+        "metadata": {"sizes": summary.sizes(config)},
     }
+
+
+def _describe_preset(place: CheckpointLocation) -> dict[str, Any]:
+    from maxkit.formats import presets
+
+    name = str(place.path)
+    found = _architecture(presets.preset_json(name), f"preset {name}")
+    facts = presets.PRESETS[name]
+    metadata = {"published": facts.published, "hub_ids": list(facts.hub_ids), "source": facts.source}
+    empty = _without_layout("preset", None, None, ())
+    return empty | found | {"metadata": found["metadata"] | metadata}
 
 
 def _describe_safetensors(place: CheckpointLocation) -> dict[str, Any]:

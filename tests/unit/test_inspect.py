@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from golden.families import write_folder
 
 from maxkit.checkpoint import inspect, manifest
 from maxkit.checkpoint.store import CheckpointStore, RunRecord
@@ -208,6 +209,40 @@ def test_hugging_face_folder_and_safetensors_file(tmp_path):
     assert inspect.describe(source / "config.json") == found
     file = next(source.glob("*.safetensors"))
     assert inspect.describe(file)["num_params"] == found["num_params"]
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3-remainder", "deepseek_v3-groups", "gpt_oss-mixed", "llama4-chunks", "gpt2-tied"]
+)
+def test_families_of_hugging_face_folders(tmp_path, name):
+    write_folder(tmp_path, name)
+    found = inspect.describe(tmp_path)
+    assert set(found) == KEYS and found["family"] == name.split("-")[0]
+    assert found["num_params"] == inspect.describe(tmp_path / "model.safetensors")["num_params"]
+    sizes, layers = found["metadata"]["sizes"], sum(g["pattern_length"] * g["repeats"] for g in found["groups"])
+    assert layers == sizes["num_layers"] and all(len(g["pattern"]) == g["pattern_length"] for g in found["groups"])
+    if name == "gemma3-remainder":
+        assert [(g["name"], g["repeats"]) for g in found["groups"]][:2] == [("layers", 5), ("last_layers", 1)]
+        assert found["groups"][0]["pattern"] == ["attention (window 6, RoPE base 10000), dense"]
+    if name == "deepseek_v3-groups":
+        assert (sizes["mla"]["kv_rank"], sizes["moe"]["num_experts"], sizes["moe"]["num_groups"]) == (14, 8, 4)
+
+
+def test_a_model_that_is_not_supported_can_be_looked_at(tmp_path):
+    write_folder(tmp_path, "gpt2-tied")
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 2}')
+    found = inspect.describe(tmp_path)
+    assert (found["family"], found["groups"][0]["repeats"]) == ("mamba", 2)
+    assert "architecture 'mamba' is not supported" in found["metadata"]["not_supported"]
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="must hold a JSON object"):
+        inspect.describe(tmp_path)
+
+
+def test_a_preset_by_name():
+    found = inspect.describe("qwen3-30b-a3b")
+    assert set(found) == KEYS and (found["format"], found["family"]) == ("preset", "qwen3_moe")
+    assert found["num_params"] == 30_532_122_624 and found["metadata"]["sizes"]["moe"]["experts_per_token"] == 8
 
 
 def test_gguf_file(tmp_path):
