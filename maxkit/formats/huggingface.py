@@ -25,6 +25,7 @@ from maxkit.models.config import ModelConfig
 __all__ = ["ARCHITECTURES", "HuggingFaceReader", "config_json", "read_config", "write_huggingface"]
 
 SHARD_BYTES = 2_000_000_000
+MAX_EXPERTS = 100_000  # in all layers of a model; published ones have up to 384 x 61
 
 
 class HuggingFaceReader:
@@ -56,12 +57,12 @@ class HuggingFaceReader:
                 )
 
     def _check_experts(self, stored: dict[str, tuple[int, ...]]) -> None:
-        """Refuse more experts than the files can hold before there is a row for each."""
+        """Refuse more experts than the files can hold, before there is a row for each."""
         if self.config.moe is None:
             return
         known = {size for shape in stored.values() if math.prod(shape) for size in shape}
         count = self.config.moe.num_experts
-        if count not in known or (count > 4096 and count * self.config.num_layers > 4 * len(stored)):
+        if count not in known or count * self.config.num_layers > max(4 * len(stored), MAX_EXPERTS):
             raise UserError(f"{self.path}: config.json says {count} experts for {len(stored)} tensors")
 
     def tokenizer(self) -> Tokenizer | None:

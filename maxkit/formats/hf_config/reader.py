@@ -152,7 +152,8 @@ def _check_only(raw: dict[str, Any], key: str, only: keys.Only, family: Family, 
     if key not in raw or only.allows(raw[key]):
         return
     if key == "quantization_config" and isinstance(raw[key], dict) and raw[key].get("quant_method") in family.quantized:
-        return
+        if raw[key].get("weight_block_size", [128, 128]) == [128, 128]:
+            return
     allowed = " or ".join(json.dumps(value) for value in only.values)
     raise UserError(
         f"{where}: {key}={str(raw[key])[:80]} is not supported for {family.name} ({only.why}): allowed is {allowed}"
@@ -228,6 +229,9 @@ def _fields(values: dict[str, Any], family: Family) -> dict[str, Any]:
         fields.pop("rope_dim")
     blocks = fields.pop("blocks", None)
     _check_longrope(fields)
+    experts = fields.get("moe", {}).get("num_experts", 0) * fields["num_layers"]
+    if experts > keys.MAX_EXPERTS:  # each may become a row of a table
+        raise ValueError(f"{experts} experts in all layers are more than {keys.MAX_EXPERTS}")
     return fields | (compress(blocks) if blocks is not None else {})
 
 
