@@ -456,7 +456,7 @@ def _write_files(contents: Contents, plan: Plan, step_path: Path, records: dict[
     tokenizer = tokenizer_files(contents)
     manifest = _manifest(contents, plan, records, tokenizer)
     files = {f"{manifests.MANIFEST}/{k}": v for k, v in manifests.manifest_files(manifest, tokenizer).items()}
-    if manifest.has_iterator:
+    if isinstance(contents, StoreContents) and manifest.has_iterator:
         place = contents.step_path / manifests.ITERATOR
         files |= {
             f"{manifests.ITERATOR}/{p.name}": p.read_bytes() for p in place.iterdir() if p.name.startswith("process_")
@@ -550,8 +550,8 @@ def _fingerprint(contents: Contents, plan: Plan) -> str:
     content = [plan.to, plan.scan_layers, plan.step, plan.dtype, plan.params_only, [list(leaf) for leaf in plan.leaves]]
     if isinstance(contents, StoreContents):
         content.append({path: leaf.digest for path, leaf in contents.manifest.leaves.items()})
-    elif getattr(contents, "path", None) is not None:
-        content.append(_files(Path(str(contents.path))))
+    elif path := getattr(contents, "path", None):
+        content.append(_files(Path(str(path))))
     else:
         content.append(time.time_ns())  # weights in memory: nothing says that they are the same
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()

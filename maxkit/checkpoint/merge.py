@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from maxkit.checkpoint.layout import Address
-from maxkit.formats.contents import WEIGHTS, Contents
+from maxkit.formats.contents import WEIGHTS
 
 _A, _B = "lora_a", "lora_b"
 
@@ -20,9 +20,9 @@ class Merged:
     slots = (WEIGHTS,)
     lora = None
 
-    def __init__(self, contents: Contents):
-        self._contents: Any = contents
-        lora = self._contents.lora
+    def __init__(self, contents: Any):
+        self._contents = contents
+        lora = contents.lora
         self._scale = np.float32(lora.alpha / lora.rank)
         self._known = set(contents.addresses())
 

@@ -43,6 +43,10 @@ _FIELDS = {
     "H": "head_dim",
     "L": "num_layers",
     "R": "lora_rank",
+    "E": "moe.num_experts",
+    "Q": "mla.q_rank",
+    "Z": "mla.kv_rank",
+    "S": "max_seq_len",
 }
 _LAYER = re.compile(r"/(block|layer)_(\d+)/")
 
@@ -118,14 +122,17 @@ def _hint_of_leaf(path: str, expected: Leaf, found: Leaf) -> str:
     shape, found_shape = expected[0], found[0]
     if shape == found_shape:
         return _hint("dtype of the weights")
-    letters = next((v for k, v in _LETTERS.items() if path.endswith(k)), None)
     if path.endswith("lora_a") or path.endswith("lora_b"):
         return _hint("lora_rank", "model")
-    if letters is None or len(shape) != len(found_shape):
-        return _hint("model")
-    if "/block_" in path and len(shape) == len(letters) + 1:
+    letters = next((v for k, v in _LETTERS.items() if path.endswith(k)), None)
+    if letters is not None and "/block_" in path and len(shape) == len(letters) + 1:
         letters = "L" + letters
-    if len(letters) != len(shape):
+    return hint_of_shape(letters, shape, found_shape)
+
+
+def hint_of_shape(letters: str | None, expected: tuple[int, ...], found: tuple[int, ...]) -> str:
+    """The settings behind the dimensions that differ; `letters` names them, one each, None where they are unknown."""
+    if letters is None or len(expected) != len(found) or len(letters) != len(expected):
         return _hint("model")
-    differing = [_FIELDS[x] for x, a, b in zip(letters, shape, found_shape, strict=True) if a != b]
+    differing = [_FIELDS.get(x, "model") for x, a, b in zip(letters, expected, found, strict=True) if a != b]
     return _hint(*dict.fromkeys(differing))

@@ -10,7 +10,8 @@ from typing import Any
 
 from maxkit.checkpoint import inspect, sources
 from maxkit.checkpoint.contents import Plain, StoreContents
-from maxkit.errors import UserError
+from maxkit.errors import UserError, nearest
+from maxkit.formats import presets
 from maxkit.formats.contents import Contents
 from maxkit.formats.gguf import GGUFReader
 from maxkit.formats.huggingface import HuggingFaceReader, read_config
@@ -46,10 +47,15 @@ def open_contents(path_or_model_name: str | Path, config: Description = None) ->
 
 def check_config(source: Contents, given: Description, where: object) -> None:
     """Refuse a description that contradicts what the source records about itself."""
+    check_same(source.config, given, where)
+
+
+def check_same(recorded: ModelConfig, given: Description, where: object) -> None:
+    """Refuse a description (a config, a preset's name, a config.json or its folder) that is not `recorded`."""
     if given is None:
         return
-    described = given if isinstance(given, ModelConfig) else read_description(Path(given))
-    ours, theirs = source.config.model_dump(), described.model_dump()
+    described = given if isinstance(given, ModelConfig) else read_description(given)
+    ours, theirs = recorded.model_dump(), described.model_dump()
     differing = [
         f"{name}: {ours[name]!r} recorded, {theirs[name]!r} given" for name in ours if ours[name] != theirs[name]
     ]
@@ -57,12 +63,17 @@ def check_config(source: Contents, given: Description, where: object) -> None:
         raise UserError(f"config={given} contradicts what {where} records: {'; '.join(differing)}")
 
 
-def read_description(path: Path) -> ModelConfig:
-    """The architecture that a config.json, or the folder of one, describes."""
+def read_description(given: str | Path) -> ModelConfig:
+    """The architecture that a preset, a config.json, or the folder of one, describes."""
+    if presets.is_preset(given):
+        return presets.preset_config(str(given))
+    path = Path(given).expanduser()
     if path.is_dir():
         path = path / "config.json"
     if not path.exists():
-        raise UserError(f"config={path}: no such file; give the path of a config.json")
+        near = nearest(str(given), presets.PRESETS)
+        hint = f" ({near})" if near.startswith("did") else ""
+        raise UserError(f"config={given}: no such file; give the path of a config.json or the name of a preset{hint}")
     return read_config(path)
 
 

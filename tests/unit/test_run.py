@@ -403,7 +403,12 @@ def test_missing_parameters_follow_the_policy(finished):
 
     with pytest.raises(UserError) as caught:
         read("error")
-    for words in ("4 parameters", "output/kernel [258, 16]", "attention/key/bias [2, 1, 8]", "_missing_param_policy"):
+    for words in (
+        "4 parameters",
+        "output/kernel: expected float32[258, 16], found nothing -> tie_embeddings",
+        "attention/key/bias: expected float32[2, 1, 8], found nothing -> num_layers",
+        "_missing_param_policy",
+    ):
         assert words in str(caught.value)
     (zeros, warned), (drawn, reported) = read("warn"), read("init")
     assert not np.any(zeros["output/kernel"]) and np.any(drawn["output/kernel"])
