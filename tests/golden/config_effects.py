@@ -203,6 +203,7 @@ _OWN: dict[str, list[Effect]] = {
     "deepseek_v2": [*_MLA, Effect("topk_method", "greedy")],
     "deepseek_v3": [*_MLA, Effect("rope_interleave", False)],
     "qwen3_next": [
+        Effect("head_dim", 16),
         Effect("layer_types", ["full_attention", "linear_attention", "full_attention", "linear_attention"],
                {"num_hidden_layers": 4, "layer_types": ABSENT}),
         Effect("full_attention_interval", 2, {"layer_types": ABSENT}),

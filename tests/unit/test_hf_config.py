@@ -161,6 +161,7 @@ LLAMA = SMALL["llama"]
         (SMALL["deepseek_v3"] | {"attention_bias": True}, "latent attention is built without biases"),
         (SMALL["deepseek_v3"] | {"n_group": 7}, "num_experts=256 must be a multiple of num_groups=7"),
         (SMALL["mixtral"] | {"num_experts": 4, "num_local_experts": 8}, "num_experts=4 differs from num_local"),
+        (SMALL["mixtral"] | {"num_local_experts": 2**30}, "34359738368 experts in all layers are more than 100000"),
         (SMALL["gpt_oss"] | {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0 is not supported"),
         (SMALL["llama4"] | {"no_rope_layers": [1, 2]}, "no_rope_layers must be 48 zeros and ones"),
         (SMALL["gpt2"] | {"n_embd": 10, "n_head": 3}, "n_embd=10 must be a multiple of n_head=3"),

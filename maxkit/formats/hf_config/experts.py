@@ -16,6 +16,7 @@ from maxkit.formats.hf_config.family import (
     one_window,
     sizes,
     window_blocks,
+    without_activation,
     written_layer_types,
 )
 from maxkit.formats.hf_config.keys import Key, Only
@@ -207,21 +208,17 @@ def _gpt_oss_written(config: ModelConfig) -> dict[str, Any]:
 GPT_OSS = Family(
     name="gpt_oss",
     architecture="GptOssForCausalLM",
-    keys={
-        name: key
-        for name, key in sizes(
-            vocab_size=201088,
-            hidden_size=2880,
-            intermediate_size=2880,
-            num_hidden_layers=36,
-            num_attention_heads=64,
-            num_key_value_heads=8,
-            head_dim=64,
-            max_position_embeddings=131072,
-            rms_norm_eps=1e-5,
-        ).items()
-        if name != "hidden_act"
-    }
+    keys=without_activation(
+        vocab_size=201088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=36,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+    )
     | {
         "attention_bias": Key("attention_bias", keys.flag, True),
         "sliding_window": Key("pattern", keys.count, 128, nullable=True, direct=False),

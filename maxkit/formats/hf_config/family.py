@@ -100,6 +100,11 @@ def sizes(
     }
 
 
+def without_activation(**given: Any) -> dict[str, Key]:
+    """`sizes` of a family whose activation is fixed."""
+    return {name: key for name, key in sizes(**given).items() if name != "hidden_act"}
+
+
 def window_blocks(types: tuple[str, ...], window: int | None, **sliding: Any) -> tuple[BlockSpec, ...]:
     """A block per layer type, `window` (and what else is said of them) on the sliding ones."""
     allowed = ("sliding_attention", "full_attention")

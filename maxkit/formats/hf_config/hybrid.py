@@ -7,7 +7,6 @@ Checked against transformers 5.23 (`models/qwen3_next`).
 from typing import Any
 
 from maxkit.formats.hf_config import keys
-from maxkit.formats.hf_config.dense import both_biases
 from maxkit.formats.hf_config.experts import (
     QWEN_EXPERTS,
     ROUTER_TRAINING,
@@ -15,7 +14,7 @@ from maxkit.formats.hf_config.experts import (
     qwen_sparse_layers,
     qwen_written_experts,
 )
-from maxkit.formats.hf_config.family import Family, RopeKeys, Values, layer_types, sizes
+from maxkit.formats.hf_config.family import Family, RopeKeys, Values, layer_types, without_activation
 from maxkit.formats.hf_config.keys import Key, Only
 from maxkit.models.config import BlockSpec, ModelConfig
 
@@ -30,7 +29,7 @@ def _fields(values: Values) -> dict[str, Any]:
         )
     delta = BlockSpec(mixer="gated_delta")
     blocks = tuple(delta if kind == "linear_attention" else BlockSpec() for kind in types)
-    return both_biases(values) | {"blocks": moe_blocks(blocks, qwen_sparse_layers(values))}
+    return {"blocks": moe_blocks(blocks, qwen_sparse_layers(values))}
 
 
 def _written(config: ModelConfig) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def _written(config: ModelConfig) -> dict[str, Any]:
 QWEN3_NEXT = Family(
     name="qwen3_next",
     architecture="Qwen3NextForCausalLM",
-    keys=sizes(
+    keys=without_activation(
         vocab_size=151936,
         hidden_size=2048,
         intermediate_size=5632,
@@ -58,7 +57,6 @@ QWEN3_NEXT = Family(
         "moe_intermediate_size": Key("moe.mlp_dim", keys.count, 512),
         "shared_expert_intermediate_size": Key("moe.shared_mlp_dim", keys.count, 512),
         "norm_topk_prob": Key("moe.normalize_weights", keys.flag, True),
-        "attention_bias": Key("attention_bias", keys.flag, False),
         "layer_types": Key("pattern", keys.texts, None, nullable=True, direct=False),
         "full_attention_interval": Key("pattern", keys.count, 4, direct=False),
         "linear_num_key_heads": Key("gated_delta.num_key_heads", keys.count, 16),
@@ -69,6 +67,8 @@ QWEN3_NEXT = Family(
     },
     no_effect=ROUTER_TRAINING,
     refused={
+        "attention_bias": Only((None, False), "the gate beside the queries would have a bias as well"),
+        "hidden_act": Only((None, "silu", "swish"), "it is the convolution's activation too, which is fixed"),
         "use_sliding_window": Only((None, False), "the class has no sliding window"),
         "sliding_window": Only((None,), "the class has no sliding window"),
     },
@@ -80,6 +80,6 @@ QWEN3_NEXT = Family(
     },
     rope=RopeKeys(partial=0.25),
     fields=_fields,
-    written=_written,
+    written=lambda config: _written(config) | {"hidden_act": "silu"},
 )
 FAMILIES = (QWEN3_NEXT,)

@@ -14,6 +14,7 @@ from maxkit.errors import nearest
 
 MAX_COUNT = 2**31 - 1
 MAX_LAYERS = 1024
+MAX_EXPERTS = 100_000  # in all layers together; published models have up to 61 x 384
 MAX_NUMBER = 1e12
 
 Kind = Callable[[Any], Any]
