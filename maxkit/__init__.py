@@ -9,6 +9,7 @@ __getattr__, __dir__ = attach(
     __name__,
     {
         "load": "maxkit.checkpoint.load:load",
+        "save": "maxkit.checkpoint.save:save",
         "generate": "maxkit.infer.generate:generate",
         "bind": "maxkit.nb.bind:bind",
         "run": "maxkit.run",

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 from maxkit.errors import CheckFailed, UserError
 
+CONVERT_TARGETS = ("maxkit", "hf", "maxtext-linen", "maxtext-nnx")
+
 
 class Parser(argparse.ArgumentParser):
     """Refuses in one line; the whole usage stands in `--help`."""
@@ -62,6 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("path", metavar="PATH", help="run, step or item folder, or a weights file")
     add.add_argument("--json", action="store_true", help="as one JSON object")
     add.set_defaults(command=inspect_checkpoint)
+
+    _add_convert(commands)
+    _add_compare(commands)
 
     add = commands.add_parser("generate", help="chat with, or complete by, any readable checkpoint")
     add.add_argument("path", metavar="PATH", help="checkpoint or model name")
@@ -132,6 +137,55 @@ def inspect_checkpoint(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def convert_checkpoint(arguments: argparse.Namespace) -> int:
+    """Write a checkpoint in another format or layout, or say how it would be."""
+    from maxkit.checkpoint.convert import convert
+
+    done = convert(
+        arguments.source,
+        arguments.destination,
+        to=arguments.to,
+        config=arguments.config,
+        scan_layers=None if arguments.scan_layers is None else arguments.scan_layers == "true",
+        params_only=arguments.params_only,
+        dtype=arguments.dtype,
+        unexpected=arguments.unexpected,
+        dry_run=arguments.dry_run,
+    )
+    if arguments.dry_run:
+        for line in done.plan.lines():
+            print(line)
+    for note in done.plan.notes:
+        print(note)
+    print(done.plan.summary() + (" (nothing written)" if arguments.dry_run else ""))
+    if not arguments.dry_run:
+        again = f", {done.resumed} of them were there from an interrupted conversion" if done.resumed else ""
+        print(f"{done.path}: {done.verified} arrays read back and verified{again}, {done.seconds:.1f} s")
+    return 0
+
+
+def compare_checkpoints(arguments: argparse.Namespace) -> int:
+    """Say what differs: exit code 0 where nothing does, 1 where something does."""
+    from maxkit.checkpoint.compare import compare
+
+    found = compare(
+        arguments.a,
+        arguments.b,
+        config_a=arguments.config_a,
+        config_b=arguments.config_b,
+        values=arguments.values,
+        only=arguments.only,
+        atol=arguments.atol,
+        rtol=arguments.rtol,
+    )
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        for line in found.lines():
+            print(line)
+    return 0 if found.equal else 1
+
+
 def generate_text(arguments: argparse.Namespace) -> int:
     """Print what the model says: an answer where its tokenizer has a chat template, else a continuation."""
     from maxkit.checkpoint.load import load
@@ -176,6 +230,38 @@ def measured(recipe: str) -> str:
         if record.get("recipe") == recipe
     ]
     return ", ".join(times) or "not measured"
+
+
+def _add_convert(commands: Any) -> None:
+    add = commands.add_parser("convert", help="a checkpoint in another format or layout, optimizer state included")
+    add.add_argument("source", metavar="SRC", help="any readable checkpoint, or a model's name")
+    add.add_argument("destination", metavar="DST", help="a new folder")
+    add.add_argument("--to", required=True, choices=CONVERT_TARGETS, help="the format to write")
+    add.add_argument("--config", metavar="FILE|PRESET", help="how the source was made, where it does not say")
+    add.add_argument("--scan-layers", choices=("true", "false"), help="the layout to write; otherwise the source's")
+    add.add_argument("--params-only", action="store_true", help="leave optimizer state and random numbers out")
+    add.add_argument("--dtype", metavar="bfloat16", help="cast the weights: float32, bfloat16 or float16")
+    add.add_argument(
+        "--unexpected", choices=("error", "warn"), default="error", help="tensors that the model does not use (error)"
+    )
+    add.add_argument("--dry-run", action="store_true", help="print each array: from, to, transform; write nothing")
+    add.set_defaults(command=convert_checkpoint)
+
+
+def _add_compare(commands: Any) -> None:
+    add = commands.add_parser("compare", help="what differs between two checkpoints, across formats and layouts")
+    add.add_argument("a", metavar="A", help="any readable checkpoint, or a model's name")
+    add.add_argument("b", metavar="B", help="another")
+    add.add_argument("--config-a", metavar="X", help="how A was made, where it does not say")
+    add.add_argument("--config-b", metavar="X", help="how B was made")
+    add.add_argument("--values", action="store_true", help="read and compare the tensors, not only their shapes")
+    add.add_argument(
+        "--only", choices=("params", "all"), default="params", help="all: optimizer state as well (params)"
+    )
+    add.add_argument("--atol", type=float, default=1e-5, metavar="X", help="|a - b| <= atol + rtol |b| is equal (1e-5)")
+    add.add_argument("--rtol", type=float, default=1e-5, metavar="X", help="see --atol (1e-5)")
+    add.add_argument("--json", action="store_true", help="as one JSON object")
+    add.set_defaults(command=compare_checkpoints)
 
 
 def _add_parameters(parser: argparse.ArgumentParser) -> None:
