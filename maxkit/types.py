@@ -55,7 +55,8 @@ class Hidden:
 class Cache:
     """Keys and values seen so far.
 
-    layers: {group: [one {"k", "v": [L?, B, S, K, H]} per block]}, stacked on axis 0 when the model is scanned.
+    layers: {group: [one dict of arrays per block]}, stacked on axis 0 when the model is scanned. Of attention it is
+        {"k", "v": [B, S, K, H]}, of latent attention {"latent", "key"}, of the gated delta rule a state of fixed size.
     positions [B, S] int32: the position of the token in each slot, -1 where the slot is empty.
     segment_ids [B, S] int32: the segment of the token in each slot, 0 where the slot is empty.
     end_index [B] int32: the next slot to write, per row.

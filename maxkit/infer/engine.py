@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from maxkit import mesh as meshes
 from maxkit.errors import UserError
 from maxkit.infer.sampling import Controls, controls, sample
-from maxkit.models.decoder import Decoder
+from maxkit.models.decoder import cache_layout
 from maxkit.models.definition import ModelDefinition
 from maxkit.types import Cache, Tree
 
@@ -215,7 +215,7 @@ class Engine:
         source = np.full(size, -1, np.int32)
         source[list(slots)] = np.arange(rows)
         with self._mesh():
-            return _insert(prefix, state, source)
+            return _insert(self.definition, prefix, state, source)
 
     def generate(self, state: DecodeState) -> tuple[DecodeState, Step]:
         """One more token for every active slot; `state` is donated."""
@@ -268,7 +268,7 @@ def _bucket(length: int, least: int = MIN_BUCKET) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 7))
 def _generate_batch(definition, params, ids, lengths, how, limits, eos_ids, cache_size):
     """Tokens [B, S] and logps [B, S] of the completions, lengths [B], and who met a stop token [B]."""
-    state = _prefill(definition.merge(params), ids, lengths, how, limits, eos_ids, cache_size)
+    state = _prefill(definition, params, ids, lengths, how, limits, eos_ids, cache_size)
     rows = ids.shape[0]
     tokens = meshes.zeros((rows, cache_size), jnp.int32, "BS")
     logps = meshes.zeros((rows, cache_size), jnp.float32, "BS")
@@ -281,7 +281,7 @@ def _generate_batch(definition, params, ids, lengths, how, limits, eos_ids, cach
     def body(carry):
         i, state, tokens, logps, counts = carry
         was_active = state.active
-        state = _step(definition.merge(params), state, eos_ids)
+        state = _step(definition, params, state, eos_ids)
         here = (column == i) & was_active[:, None]
         tokens = jnp.where(here, state.tokens[:, None], tokens)
         logps = jnp.where(here, state.logps[:, None], logps)
@@ -299,7 +299,7 @@ def _generate_batch(definition, params, ids, lengths, how, limits, eos_ids, cach
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill_rows(definition, params, ids, lengths, how, limits, eos_ids):
-    state = _prefill(definition.merge(params), ids, lengths, how, limits, eos_ids, ids.shape[1])
+    state = _prefill(definition, params, ids, lengths, how, limits, eos_ids, ids.shape[1])
     # What the caller reads row by row must be whole on every device: an Explicit mesh refuses x[0] of sharded rows.
     read: dict[str, Any] = {
         name: meshes.replicate(getattr(state, name)) for name in ("tokens", "logps", "active", "stopped")
@@ -310,7 +310,7 @@ def _prefill_rows(definition, params, ids, lengths, how, limits, eos_ids):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _generate_step(definition, params, state, eos_ids):
     was_active = state.active
-    state = _step(definition.merge(params), state, eos_ids)
+    state = _step(definition, params, state, eos_ids)
     step = Step(state.tokens, state.logps, was_active, was_active & ~state.active, state.stopped)
     return state, jax.tree.map(meshes.replicate, step)  # read row by row, as in _prefill_rows
 
@@ -323,39 +323,39 @@ def _empty(definition, rows, cache_size):
     zeros = jnp.zeros(rows, jnp.float32)
     how = Controls(zeros, none, zeros + 1, none.astype(jnp.uint32), none.astype(jnp.uint32))
     cache = definition.merge(params).init_cache(rows, cache_size)
-    return _settled(DecodeState(cache, none, zeros, none > 0, none > 0, none, how))
+    return _settled(definition, DecodeState(cache, none, zeros, none > 0, none > 0, none, how))
 
 
-@functools.partial(jax.jit, donate_argnums=1)
-def _insert(prefix, state, source):
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _insert(definition, prefix, state, source):
     """Row b of `state` becomes row source[b] of `prefix`, unless that is -1."""
-    stacked = _stacked(state.cache)
 
-    def put(new, old, axis=0):
-        """Rows on `axis`; a shorter row of slots leaves what is behind it, which nobody can see."""
-        new = meshes.replicate(new)
-        width = [(0, 0)] * new.ndim
-        if new.ndim > axis + 1:
-            width[axis + 1] = (0, old.shape[axis + 1] - new.shape[axis + 1])
-        rows = jnp.take(jnp.pad(new, width), jnp.maximum(source, 0), axis=axis)
-        letters = "L" * axis + "BSKH"[: old.ndim - axis]
+    def put(new, old, letters):
+        """Rows on axis B; a shorter row of slots leaves what is behind it, which nobody can see."""
+        axis, new = letters.index("B"), meshes.replicate(new)
+        behind = [
+            (0, o - n if letter == "S" else 0) for letter, o, n in zip(letters, old.shape, new.shape, strict=True)
+        ]
+        rows = jnp.take(jnp.pad(new, behind), jnp.maximum(source, 0), axis=axis)
         taken = jnp.broadcast_to((source >= 0).reshape((1,) * axis + (-1,) + (1,) * (old.ndim - axis - 1)), old.shape)
         return jnp.where(meshes.constrain(taken, letters), meshes.constrain(rows, letters), old)
 
-    layers = jax.tree.map(lambda new, old: put(new, old, stacked), prefix.cache.layers, state.cache.layers)
-    positions = put(prefix.cache.positions + 1, state.cache.positions + 1) - 1  # padded with -1: empty slots
+    layers = jax.tree.map(put, prefix.cache.layers, state.cache.layers, _letters(definition))
+    positions = put(prefix.cache.positions + 1, state.cache.positions + 1, "BS") - 1  # padded with -1: empty slots
     cache = Cache(
         layers,
         positions,
-        put(prefix.cache.segment_ids, state.cache.segment_ids),
-        put(prefix.cache.end_index, state.cache.end_index),
+        put(prefix.cache.segment_ids, state.cache.segment_ids, "BS"),
+        put(prefix.cache.end_index, state.cache.end_index, "B"),
     )
     others = [dataclasses.replace(s, cache=None) for s in (prefix, state)]
-    return _settled(dataclasses.replace(jax.tree.map(put, *others), cache=cache))
+    others = jax.tree.map(lambda new, old: put(new, old, "B"), *others)
+    return _settled(definition, dataclasses.replace(others, cache=cache))
 
 
-def _prefill(model: Decoder, ids, lengths, how, limits, eos_ids, cache_size) -> DecodeState:
+def _prefill(definition, params, ids, lengths, how, limits, eos_ids, cache_size) -> DecodeState:
     """Read ids [B, P], of which lengths [B] are real, into a new cache and sample what follows."""
+    model = definition.merge(params)
     ids, lengths, limits = (
         meshes.constrain(ids, "BT"),
         meshes.constrain(lengths, "B"),
@@ -377,37 +377,37 @@ def _prefill(model: Decoder, ids, lengths, how, limits, eos_ids, cache_size) -> 
     cache = dataclasses.replace(cache, positions=jnp.where(empty, -1, cache.positions), end_index=lengths)
     tokens, logps = sample(model.head(x)[:, 0], how, lengths)
     stopped = _is_stop(tokens, eos_ids) & (limits > 0)
-    return _settled(DecodeState(cache, tokens, logps, (limits > 1) & ~stopped, stopped, limits - 1, how))
+    return _settled(definition, DecodeState(cache, tokens, logps, (limits > 1) & ~stopped, stopped, limits - 1, how))
 
 
-def _step(model: Decoder, state: DecodeState, eos_ids) -> DecodeState:
+def _step(definition, params, state: DecodeState, eos_ids) -> DecodeState:
     """Read every row's last token and sample the next; of an inactive row nothing changes."""
     end = state.cache.end_index
-    logits, cache = model(state.tokens[:, None], end[:, None], state.cache)
+    real = state.active[:, None].astype(jnp.int32)  # an inactive row's token is padding
+    logits, cache = definition.merge(params)(state.tokens[:, None], end[:, None], state.cache, segment_ids=real)
     cache = dataclasses.replace(cache, end_index=jnp.where(state.active, cache.end_index, end))
     tokens, logps = sample(logits[:, 0], state.how, end + 1)
     tokens = jnp.where(state.active, tokens, state.tokens)
     logps = jnp.where(state.active, logps, state.logps)
     stopped = state.stopped | (state.active & _is_stop(tokens, eos_ids))
     remaining = state.remaining - state.active
-    return _settled(
-        DecodeState(cache, tokens, logps, state.active & ~stopped & (remaining > 0), stopped, remaining, state.how)
-    )
+    active = state.active & ~stopped & (remaining > 0)
+    return _settled(definition, DecodeState(cache, tokens, logps, active, stopped, remaining, state.how))
 
 
 def _is_stop(tokens, eos_ids):
     return jnp.any(tokens[:, None] == eos_ids[None, :], axis=1)
 
 
-def _stacked(cache: Cache) -> int:
-    """1 when the layers' caches have a leading axis of layers, else 0."""
-    return jax.tree.leaves(cache.layers)[0].ndim - 4
+def _letters(definition: ModelDefinition):
+    """The letters of every array in `Cache.layers`."""
+    layout = cache_layout(definition.config, definition.execution, 1, 1)
+    return jax.tree.map(lambda leaf: leaf.letters, layout)
 
 
-def _settled(state: DecodeState) -> DecodeState:
+def _settled(definition: ModelDefinition, state: DecodeState) -> DecodeState:
     """Every array in the layout of its letters, so that a state is a valid loop carry under a mesh."""
-    stacked = _stacked(state.cache)
-    layers = jax.tree.map(lambda x: meshes.constrain(x, "L" * stacked + "BSKH"), state.cache.layers)
+    layers = jax.tree.map(meshes.constrain, state.cache.layers, _letters(definition))
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers={}))
     state = jax.tree.map(lambda x: meshes.constrain(x, "BS"[: x.ndim]), state)
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxkit import mesh, ops
-from maxkit.models.attention import Attention, CacheShapes, Context, LayerCache, write
+from maxkit.models.attention import Attention, Context, LayerCache, write
 from maxkit.models.config import BlockSpec, Execution, LayerGroup, ModelConfig
 from maxkit.models.gated_delta import GatedDelta
 from maxkit.models.layers import Embedding, Make, Mlp, Norm, normal, zeros
@@ -220,6 +220,8 @@ class Decoder(nnx.Module):
         else:
             start = None
             sight = ops.Visibility(positions, query_segments=segment_ids, extra=attention_mask)
+        if segment_ids is None and attention_mask is not None:
+            segment_ids = _not_padding(attention_mask, start).astype(jnp.int32)
         context = Context.of(
             self.config, positions, segment_ids, sight, end_index=start, kernel=self.execution.attention_kernel
         )
@@ -262,25 +264,47 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch_size: int, cache_size: int, dtype: jnp.dtype | None = None) -> Cache:
         """An empty cache for `batch_size` rows of up to `cache_size` tokens, in the activations' type by default."""
-        config, scan = self.config, self.execution.scan_layers
         usual = jnp.dtype(dtype or self.execution.dtype)
-
-        def empty(shapes: CacheShapes, repeats: int) -> LayerCache:
-            stack, letter = ((repeats,), "L") if scan else ((), "")
-            return {
-                name: mesh.zeros((*stack, *shape), jnp.dtype(own or usual), letter + letters)
-                for name, (shape, letters, own) in shapes.items()
-            }
-
-        layers = {
-            group.name: [
-                empty(mixer_class(config, spec).cache_shapes(config, batch_size, cache_size), group.repeats)
-                for spec in group.pattern
-            ]
-            for group in config.layer_groups(scan)
-        }
+        layers = jax.tree.map(
+            lambda leaf: mesh.zeros(leaf.shape, jnp.dtype(leaf.dtype or usual), leaf.letters),
+            cache_layout(self.config, self.execution, batch_size, cache_size),
+        )
         slots = mesh.zeros((batch_size, cache_size), jnp.int32, "BS")
         return Cache(layers, slots - 1, slots, mesh.zeros((batch_size,), jnp.int32, "B"))
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheLeaf:
+    """One array of a cache: with the letter L in front where it is stacked; dtype None is that of the activations."""
+
+    shape: tuple[int, ...]
+    letters: str
+    dtype: str | None
+
+
+def cache_layout(
+    config: ModelConfig, execution: Execution, rows: int, size: int
+) -> dict[str, list[dict[str, CacheLeaf]]]:
+    """What `Cache.layers` holds for `rows` rows of up to `size` tokens: {group: [{name: leaf} per block]}."""
+    scan = execution.scan_layers
+
+    def leaves(spec: BlockSpec, repeats: int) -> dict[str, CacheLeaf]:
+        shapes = mixer_class(config, spec).cache_shapes(config, rows, size)
+        stack, letter = ((repeats,), "L") if scan else ((), "")
+        return {
+            name: CacheLeaf((*stack, *shape), letter + letters, dtype)
+            for name, (shape, letters, dtype) in shapes.items()
+        }
+
+    return {group.name: [leaves(spec, group.repeats) for spec in group.pattern] for group in config.layer_groups(scan)}
+
+
+def _not_padding(attention_mask: jax.Array, start: jax.Array | None) -> jax.Array:
+    """[B, T] bool: the tokens that may see themselves, in a mask [B, T, S] whose rows begin at slot `start` [B]."""
+    own = jnp.arange(attention_mask.shape[1], dtype=jnp.int32)[None, :]
+    own = own if start is None else own + start[:, None]
+    slots = jnp.arange(attention_mask.shape[2], dtype=jnp.int32)
+    return jnp.any(attention_mask & (slots == own[..., None]), axis=-1)
 
 
 def soft_capped(logits: jax.Array, cap: float | None) -> jax.Array:

@@ -9,6 +9,7 @@ from tiny_families import FAMILIES
 from tiny_models import random_batch, weights
 
 from maxkit import mesh as meshes
+from maxkit.infer import Engine
 from maxkit.models.definition import ModelDefinition
 from maxkit.objectives import NextToken
 
@@ -57,9 +58,25 @@ def decoded(config, mesh):
     return np.concatenate([np.asarray(x) for x in outs], axis=1)
 
 
+def generated(config, mesh):
+    """Greedy tokens of a batch, and of the first prompt in a slot of its own."""
+    definition = ModelDefinition(config)
+    params = jax.device_put(weights(definition), definition.shardings(mesh))
+    engine = Engine(definition, params, batch_size=8, cache_size=16, mesh=mesh)
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
+    state = engine.insert(engine.prefill(prompts[:1], max_new_tokens=5), engine.init_state(), [2])
+    slot = [int(np.asarray(state.tokens)[2])]
+    for _ in range(4):
+        state, step = engine.generate(state)
+        slot.append(int(np.asarray(step.tokens)[2]))
+    return engine.generate_batch(prompts, max_new_tokens=5).tokens, slot
+
+
 def main():
-    out = {}
+    out = {"generated": {}}
     one = meshes.make_mesh("", jax.devices()[:1])
+    for name in ("deepseek", "qwen3_next"):  # their caches are not keys and values
+        out["generated"][name] = [generated(FAMILIES[name], mesh) for mesh in (one, meshes.make_mesh(EXPERTS))]
     for name, config in FAMILIES.items():
         loss, wanted, _ = gradients(config, one)
         logits = decoded(config, one)
