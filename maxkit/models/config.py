@@ -78,6 +78,9 @@ class MoeConfig(Frozen):
     groups_per_token: int = Field(1, gt=0, description="how many groups a token may choose from")
     group_score: Literal["max", "top2_sum"] = "max"
     correction_bias: bool = Field(False, description="a bias per expert that counts for the choice, not the weight")
+    correction_in_weights: bool = Field(
+        False, description="it counts for both (MaxText's deepseek block unless the model's name begins with deepseek3)"
+    )
     router_bias: bool = False
     expert_bias: bool = False
     scale_inputs: bool = Field(False, description="weights multiply what goes into the experts, not what comes out")

@@ -72,8 +72,10 @@ class Router(nnx.Module):
         scores = {"softmax": probabilities, "sigmoid": sigmoid}.get(moe.scoring, logits)
         wanted = jax.lax.stop_gradient(scores)
         if self.correction is not None:
-            correction = jax.lax.stop_gradient(self.correction[...])
-            wanted = wanted + mesh.replicate(correction.astype(jnp.float32))
+            correction = mesh.replicate(self.correction[...].astype(jnp.float32))
+            wanted = wanted + jax.lax.stop_gradient(correction)
+            if moe.correction_in_weights:
+                scores = scores + correction
         choice = ops.choose_experts(
             wanted,
             moe.experts_per_token,
