@@ -89,6 +89,7 @@ class ArrayWriter:
         self._context = context()
         item_path.mkdir(parents=True, exist_ok=True)
         self._transaction, self._pending = ts.Transaction(), 0
+        self.commits = 0  # so many times what was written before was put on disk
 
     def create(self, leaves: Mapping[str, tuple[tuple[int, ...], np.dtype, bool]]) -> None:
         """Write the headers of arrays: {path: (shape, dtype, whether it will come row by row)}."""
@@ -115,16 +116,12 @@ class ArrayWriter:
                 target = array.with_transaction(self._transaction)
                 (target if row is None else target[row])[part].write(piece).result()
 
-    @property
-    def is_committed(self) -> bool:
-        """Whether everything that was written is on disk."""
-        return not self._pending
-
     def commit(self) -> None:
         """Put on disk what was written."""
         with failure_named(self.item_path):
             self._transaction.commit_async().result()
         self._transaction, self._pending = ts.Transaction(), 0
+        self.commits += 1
 
     def finish(self, leaves: Mapping[str, tuple[int, ...]]) -> None:
         """Commit, and write Orbax's list of the arrays, {path: shape}, last of all."""

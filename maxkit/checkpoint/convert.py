@@ -394,9 +394,11 @@ def _write_store(contents: Contents, plan: Plan, partial: Path) -> tuple[int, in
     waiting = [leaf for leaf in plan.leaves if leaf.target not in journal.done]
     writer.create({leaf.target: (leaf.shape, np.dtype(leaf.dtype), leaf.stacked) for leaf in waiting if leaf.num_bytes})
     for leaf in waiting:
-        journal.add(leaf.target, _copy(contents, leaf, writer))
-        if writer.is_committed:
+        commits = writer.commits
+        found = _copy(contents, leaf, writer)
+        if writer.commits > commits:  # what was written before this array is on disk
             journal.flush()
+        journal.add(leaf.target, found)
     writer.commit()
     journal.flush()
     records = {
@@ -470,18 +472,18 @@ def _write_files(contents: Contents, plan: Plan, step_path: Path, records: dict[
 
 
 def _manifest(contents: Contents, plan: Plan, records: dict[str, LeafRecord], tokenizer: dict[str, bytes]) -> Manifest:
-    groups = tuple(
-        GroupRecord(name=g.name, pattern_length=len(g.pattern), repeats=g.repeats)
-        for g in contents.config.layer_groups()
-    )
     if isinstance(contents, StoreContents):
         config = dict(contents.manifest.config)
         if config.get("scan_layers") is not None:
             config["scan_layers"] = plan.scan_layers
-        changes = {"scan_layers": plan.scan_layers, "leaves": records, "config": config, "groups": groups}
+        changes: dict[str, Any] = {"scan_layers": plan.scan_layers, "leaves": records, "config": config}
         if plan.params_only:
             changes |= {"optimizer": None, "has_iterator": False}
         return contents.manifest.model_copy(update=changes)
+    groups = tuple(
+        GroupRecord(name=g.name, pattern_length=len(g.pattern), repeats=g.repeats)
+        for g in contents.config.layer_groups()
+    )
     model = contents.config.model_dump(mode="json")
     lora = getattr(contents, "lora", None)
     if lora is not None:
