@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from maxkit.checkpoint.layout import Address
-from maxkit.checkpoint.normal_form import normal_form
 from maxkit.checkpoint.open import Description, open_contents
+from maxkit.checkpoint.statement import alike
 from maxkit.errors import UserError, nearest
 from maxkit.formats.contents import WEIGHTS, Contents
 
@@ -153,7 +153,7 @@ def compare_contents(
 ) -> Comparison:
     """As `compare`, of what is open."""
     notes = _layouts(a, b, names) + _random_notes(a, b, names)
-    (a, b), rewritten = normal_form(a, b)
+    b, rewritten = alike(a, b)
     notes += rewritten
     found = _configs(a, b)
     found += [Difference("only in a", key) for key in a.unused_keys()]

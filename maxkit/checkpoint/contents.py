@@ -28,6 +28,8 @@ from maxkit.models.lora import LoraConfig
 
 STATE_PARTS = ("params", "base")  # of a state: what is trained, and the frozen rest of a LoRA run
 _HELD_BYTES = 64 << 20  # of stacks: with the largest array half as much again, so that adapters fit beside a kernel
+FOREIGN = "foreign"  # branch of a state for what another program's checkpoint had and ours has no use for
+KEY_NAMES = {"threefry2x32": "fry", "rbg": "rbg", "unsafe_rbg": "urbg"}  # of PRNG keys: JAX's name, and in a dtype
 KEY_WORDS = {"fry": 2, "rbg": 4, "urbg": 4}  # uint32 words of a PRNG key, by the name in its dtype
 
 
@@ -123,7 +125,9 @@ class StoreContents:
     @property
     def scalars(self) -> dict[str, np.ndarray]:
         """The step, `count` where all counters of the optimizer agree, and every other value under its path."""
-        values = {path: self.read_leaf(path) for path in self.unplaced if not _is_key(self.manifest.leaves[path].dtype)}
+        leaves = self.manifest.leaves
+        plain = [p for p in self.unplaced if not _is_key(leaves[p].dtype) and not p.startswith(f"{FOREIGN}/")]
+        values = {path: self.read_leaf(path) for path in plain}
         counters = {p: v for p, v in values.items() if p.startswith("opt_state/") and p.endswith("/count")}
         if counters and len({int(value) for value in counters.values()}) == 1:
             values = {p: v for p, v in values.items() if p not in counters}
@@ -189,8 +193,21 @@ class StoreContents:
         return []
 
     def ignored_keys(self) -> dict[str, str]:
-        """The PRNG key of the run."""
-        return {path: "state of random numbers" for path in self.unplaced if _is_key(self.manifest.leaves[path].dtype)}
+        """The PRNG key of the run, and random numbers of the program that it was converted from."""
+        leaves = self.manifest.leaves
+        random = [p for p in self.unplaced if _is_key(leaves[p].dtype) or p.startswith(f"{FOREIGN}/")]
+        return dict.fromkeys(random, "state of random numbers")
+
+    def random_state(self) -> dict[tuple[str, ...], tuple[np.ndarray, str | None]]:
+        """Random numbers of the program that it was converted from: {path: (array, kind of PRNG key or None)}."""
+        kinds = {short: kind for kind, short in KEY_NAMES.items()}
+        found = {}
+        for path in self.unplaced:
+            if path.startswith(f"{FOREIGN}/"):
+                dtype = self.manifest.leaves[path].dtype
+                kind = kinds.get(dtype[4:-1], dtype[4:-1]) if _is_key(dtype) else None
+                found[tuple(path.split("/")[1:])] = self.read_leaf(path), kind
+        return found
 
     # ------------------------------------------------------------ leaves of the state
 

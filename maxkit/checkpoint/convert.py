@@ -25,12 +25,20 @@ import numpy as np
 
 from maxkit.checkpoint import arrays, digest_stream, inspect
 from maxkit.checkpoint import manifest as manifests
-from maxkit.checkpoint.contents import OPTIMIZER_PLACES, StoreContents, stored_form, tokenizer_files
+from maxkit.checkpoint.contents import (
+    FOREIGN,
+    KEY_NAMES,
+    OPTIMIZER_PLACES,
+    StoreContents,
+    stored_form,
+    tokenizer_files,
+)
 from maxkit.checkpoint.layout import Layout
 from maxkit.checkpoint.lock import LOCK_FILE, FolderLock
 from maxkit.checkpoint.manifest import DamagedCheckpoint, GroupRecord, LeafRecord, Manifest
 from maxkit.checkpoint.merge import Merged
 from maxkit.checkpoint.open import Description, open_contents
+from maxkit.checkpoint.statement import for_huggingface
 from maxkit.errors import UserError, nearest
 from maxkit.formats.contents import WEIGHTS, Contents
 from maxkit.formats.huggingface import HuggingFaceReader, write_huggingface
@@ -200,7 +208,11 @@ def _check_source(contents: Contents, where: object, unexpected: str) -> list[st
     if not isinstance(contents, StoreContents):
         for key, reason in contents.ignored_keys().items():
             reasons.setdefault(reason, []).append(key)
-    return notes + [f"left out, {reason}: {len(keys)} arrays ({keys[0]}, ...)" for reason, keys in reasons.items()]
+    kept = "kept to be converted back" if hasattr(contents, "random_state") else "left out"
+    return notes + [
+        f"{kept if 'random' in reason else 'left out'}, {reason}: {len(keys)} arrays ({keys[0]}, ...)"
+        for reason, keys in reasons.items()
+    ]
 
 
 def _plan_store(
@@ -247,13 +259,9 @@ def _prefix(contents: Contents, slot: str, path: str, layer: int | None) -> str:
     if slot == WEIGHTS:
         frozen = getattr(contents, "lora", None) is not None and path.rpartition("/")[2] not in ADAPTERS
         return "base" if frozen else "params"
+    # A kind that maxkit has no optimizer for is kept under its own names, so that it can be converted back.
     places = OPTIMIZER_PLACES.get(contents.optimizer or "")
-    if places is None or slot not in places.slots:
-        raise UserError(
-            f"optimizer state of kind {contents.optimizer!r} ({slot}) has no place in a maxkit checkpoint; kinds that "
-            f"have: {', '.join(OPTIMIZER_PLACES)}. --params-only converts the weights"
-        )
-    return places.slots[slot]
+    return (places.slots if places else {}).get(slot, f"opt_state/{slot}")
 
 
 def _rows_of(layout: Layout, target: str) -> int | None:
@@ -283,11 +291,12 @@ def _left_out(contents: Contents, params_only: bool) -> list[str]:
         return [f"left out (params only): {', '.join(rest)}"] if rest else []
     if isinstance(contents, StoreContents):
         return []
-    notes = []
-    if contents.optimizer is not None:
-        others = sorted(contents.scalars.keys() - {"step", "count"})
-        notes += [f"left out, no place for it: {', '.join(others)}"] if others else []
-        notes.append("rng: jax.random.key(0), for the source keeps none that maxkit uses")
+    if contents.optimizer is None:
+        return []
+    notes = ["rng: jax.random.key(0), for the source keeps none that maxkit uses"]
+    if contents.optimizer not in OPTIMIZER_PLACES:
+        known = ", ".join(OPTIMIZER_PLACES)
+        notes.append(f"optimizer {contents.optimizer}: kept to be converted again; maxkit continues runs of {known}")
     return notes
 
 
@@ -300,8 +309,8 @@ def _plan_hf(
             f"scan_layers={scan_layers} was given ({origin}) but a Hugging Face folder has no layout of its layers, "
             f"and {where} {has}: leave scan_layers out"
         )
-    merged = Merged(contents) if getattr(contents, "lora", None) else contents
-    table = find_table(contents.config, "hf")
+    merged = _for_hf(contents)
+    table = find_table(merged.config, "hf")
     kinds = {_cast_to(merged.dtype(path, layer), dtype) for path, layer in merged.addresses()}
     if len(kinds) > 1:
         raise UserError(f"{where} holds weights of types {', '.join(sorted(kinds))}: give --dtype, one for all of them")
@@ -312,12 +321,25 @@ def _plan_hf(
         stored = merged.dtype(path, layer)
         steps = ["rearrange the axes"] if place.foreign_shape != merged.shape(path, layer) else []
         steps += [f"cast {stored.name} to {next(iter(kinds))}"] if stored.name not in kinds else []
-        steps += ["add its adapter"] if isinstance(merged, Merged) and merged.is_adapted(path, layer) else []
+        adapted = getattr(contents, "lora", None) is not None and merged.is_adapted(path, layer)
+        steps += ["add its adapter"] if adapted else []
+        steps += getattr(merged, "rewritten", {}).get(path, ())
         tensor = Tensor(WEIGHTS, path, layer)
         shape = merged.shape(path, layer)
         leaves.append(Planned(target, shape, next(iter(kinds)), (tensor,), False, ", ".join(steps) or "as it is"))
     notes = notes + _left_out(contents, True)
+    notes += [f"rewritten: {names} in {path}" for path, names in _rewritten(merged).items()]
     return Plan(str(where), "hf", None, 0, dtype, True, tuple(leaves), tuple(notes))
+
+
+def _for_hf(contents: Contents) -> Any:
+    """Without adapters, and stated as a config.json can say it."""
+    return for_huggingface(Merged(contents) if getattr(contents, "lora", None) else contents)
+
+
+def _rewritten(contents: Any) -> dict[str, str]:
+    """{path: what is done} of tensors whose values change by more than a cast."""
+    return {path: ", ".join(names) for path, names in getattr(contents, "rewritten", {}).items()}
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -432,17 +454,24 @@ def _copy(contents: Contents, leaf: Planned, writer: arrays.ArrayWriter) -> str:
 def _write_rest(contents: Contents, plan: Plan, writer: arrays.ArrayWriter) -> dict[str, LeafRecord]:
     """Counters, step and key: small, so they are written at once."""
     values: dict[str, tuple[np.ndarray, tuple[int, ...], str]] = {}
-    step = np.asarray(plan.step, np.int32)
+    scalars = contents.scalars
     if isinstance(contents, StoreContents):
         for path in contents.unplaced:
             record = contents.manifest.leaves[path]
             if path == "step" or not plan.params_only:
                 values[path] = contents.read_leaf(path), record.shape, record.dtype
     elif contents.optimizer is not None and not plan.params_only:
-        count = np.asarray(contents.scalars.get("count", step), np.int32)
-        values = {path: (count, (), "int32") for path in OPTIMIZER_PLACES[contents.optimizer].counters}
+        places = OPTIMIZER_PLACES.get(contents.optimizer)
+        count = np.asarray(scalars.get("count", plan.step), np.int32)
+        values = {path: (count, (), "int32") for path in (places.counters if places else ("opt_state/count",))}
+        values["step"] = np.asarray(plan.step, np.int32), (), "int32"
         values["rng"] = np.zeros(2, np.uint32), _NEW_KEY.shape, _NEW_KEY.dtype
-    values.setdefault("step", (step, (), "int32"))
+        for name in scalars.keys() - {"step", "count"}:
+            path = name if name.startswith("opt_state/") else f"opt_state/{name}"
+            values[path] = scalars[name], scalars[name].shape, scalars[name].dtype.name
+    elif "step" in scalars:
+        values["step"] = scalars["step"], (), scalars["step"].dtype.name
+    values |= _random_state(contents, plan)
     writer.create({path: (array.shape, array.dtype, False) for path, (array, _, _) in values.items() if array.size})
     for path, (array, _, _) in values.items():
         if array.size:
@@ -451,6 +480,20 @@ def _write_rest(contents: Contents, plan: Plan, writer: arrays.ArrayWriter) -> d
         path: LeafRecord(shape=shape, dtype=dtype, digest=digest_stream.digest(array))
         for path, (array, shape, dtype) in values.items()
     }
+
+
+def _random_state(contents: Contents, plan: Plan) -> dict[str, tuple[np.ndarray, tuple[int, ...], str]]:
+    """Random numbers of a foreign writer, kept beside the state to be converted back: {leaf: (words, shape, dtype)}."""
+    if plan.params_only or isinstance(contents, StoreContents) or not hasattr(contents, "random_state"):
+        return {}
+    found = {}
+    for parts, (array, kind) in contents.random_state().items():
+        path = "/".join((FOREIGN, *parts))
+        if kind is None:
+            found[path] = array, array.shape, array.dtype.name
+        else:
+            found[path] = array, array.shape[:-1], f"key<{KEY_NAMES.get(kind, kind)}>"
+    return found
 
 
 def _write_files(contents: Contents, plan: Plan, step_path: Path, records: dict[str, LeafRecord]) -> None:
@@ -567,7 +610,7 @@ def _files(path: Path) -> list[tuple[str, int, int]]:
 def _write_hf(contents: Contents, plan: Plan, partial: Path) -> tuple[int, int]:
     """A model's folder that transformers opens; (tensors compared after reading them back, 0)."""
     _start_again(partial)
-    source = Merged(contents) if getattr(contents, "lora", None) else contents
+    source = _for_hf(contents)
     digests: dict[tuple[str, int | None], str] = {}
 
     def leaves() -> Iterator[tuple[str, int | None, np.ndarray]]:
@@ -578,7 +621,7 @@ def _write_hf(contents: Contents, plan: Plan, partial: Path) -> tuple[int, int]:
             yield path, layer, value
 
     folder = partial / "model"
-    write_huggingface(folder, contents.config, leaves(), contents.tokenizer(), plan.leaves[0].dtype)
+    write_huggingface(folder, source.config, leaves(), contents.tokenizer(), plan.leaves[0].dtype)
     compare_digests(HuggingFaceReader(folder).read, digests, folder)
     with arrays.failure_named(partial):
         for path in folder.iterdir():

@@ -15,6 +15,7 @@ from maxkit.formats import presets
 from maxkit.formats.contents import Contents
 from maxkit.formats.gguf import GGUFReader
 from maxkit.formats.huggingface import HuggingFaceReader, read_config
+from maxkit.formats.maxtext import MaxTextContents
 from maxkit.models.config import ModelConfig
 
 Description = ModelConfig | str | Path | None  # how a source was made
@@ -30,12 +31,16 @@ def open_contents(path_or_model_name: str | Path, config: Description = None) ->
     """
     text = str(path_or_model_name)
     path = inspect.as_path(text) if "://" in text else sources.resolve(text)
+    opened: Any
     if path.is_file() and path.suffix == ".gguf":
-        opened: Any = Plain(GGUFReader(path))
+        opened = Plain(GGUFReader(path))
     elif path.is_dir() and (path / "config.json").exists():
         opened = Plain(HuggingFaceReader(path))
     else:
         location = inspect.find(path)
+        if location.kind == "orbax":  # of MaxText or Tunix, which record no architecture: `config` is it
+            opened = MaxTextContents(path, config)
+            return opened
         if location.kind != "maxkit":
             raise UserError(
                 f"{path}: a checkpoint of kind {location.kind!r} cannot be loaded yet; see maxkit inspect {path}"
@@ -101,4 +106,4 @@ def layout_evidence(source: Contents, where: str | Path) -> list[str]:
     if source.format in ("maxkit", "hf", "gguf", "memory"):
         return []
     found = inspect.describe(where)["metadata"].get("evidence", [])
-    return [line for line in found if line.startswith("scan_layers:")]
+    return [line for line in found if line.startswith("scan_layers:") and "custom_metadata has" not in line]
