@@ -67,7 +67,14 @@ def blueprint(
             f"seq_len={cfg.seq_len} is longer than the model allows: max_seq_len={config.max_seq_len} "
             f"({start or 'the sizes of this recipe'})"
         )
-    execution = Execution(scan_layers=scan_layers, dtype=cfg.dtype, remat_policy=cfg.remat_policy)
+    execution = Execution(
+        scan_layers=scan_layers,
+        dtype=cfg.dtype,
+        remat_policy=cfg.remat_policy,
+        attention_kernel=cfg.attention_kernel,
+        moe_dispatch=cfg.moe_dispatch,
+        moe_capacity_factor=cfg.moe_capacity_factor,
+    )
     definition = ModelDefinition(config, execution, lora_config(cfg) or getattr(source, "lora", None))
     trained, _ = definition.split_trainable(definition.letters)
     return Blueprint(

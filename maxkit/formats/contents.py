@@ -25,7 +25,7 @@ class Contents(Protocol):
     config: ModelConfig
     scan_layers: bool | None  # how the file is laid out; None where the format has no layout
     optimizer: str | None  # "adamw" | "adam_pax" | "sgd" | "muon" | ..., None without optimizer state
-    slots: tuple[str, ...]  # "params", then one per statistic that the optimizer keeps per parameter: "mu", "nu", "trace"
+    slots: tuple[str, ...]  # "params", then one per statistic that the optimizer keeps per parameter ("mu", "nu")
     scalars: dict[str, np.ndarray]  # "step", "count", ...: what belongs to no parameter
     facts: dict[str, str]  # what the weights had been through and the config now says: {"query scale": "..."}
 

@@ -13,6 +13,7 @@ from maxkit import mesh as meshes
 from maxkit import nb
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.models.definition import ModelDefinition
+from maxkit.models.kernels import attention_kernels
 from maxkit.train.metrics import model_flops_per_token
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def hardware(run: "Run") -> Any:
         "mesh": meshes.describe(run.mesh),
         "weights": "float32",
         "activations": cfg.dtype,
+        "attention": ", ".join(_kernels(run)) or "none",
         "layers": "scanned" if run.definition.execution.scan_layers else "unrolled",
         "run folder": display_path(run.folder),
     }
@@ -41,6 +43,12 @@ def hardware(run: "Run") -> Any:
         p.path: (p.letters, p.shape) for p in run.definition.parameters.values()
     }
     return nb.hardware_card(facts, notes=[*run.blueprint.notes, *meshes.unsharded(shapes, run.mesh)])
+
+
+def _kernels(run: "Run") -> list[str]:
+    definition = run.definition
+    with jax.set_mesh(run.mesh):
+        return attention_kernels(definition.config, definition.execution, run.cfg.seq_len)
 
 
 def model(definition: ModelDefinition) -> Any:

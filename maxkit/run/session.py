@@ -49,6 +49,7 @@ COLUMNS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 MAY_CHANGE = NOT_PART_OF_THE_RUN_NAME | {
     "mesh",
     "remat_policy",
+    "attention_kernel",
     "num_vocab_tiling",
     "gradient_accumulation_steps",
     "scan_layers",  # compared with what is stored, not with what was given

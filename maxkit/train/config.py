@@ -52,8 +52,18 @@ class TrainConfig(BaseModel):
         "none",
         description="What the backward pass computes again: nothing, all, or all but matrix products.",
     )
+    attention_kernel: Literal["auto", "reference", "cudnn", "splash"] = Field(
+        "auto", description="How attention is computed; auto: the fastest that the platform and the model allow."
+    )
     num_vocab_tiling: int = Field(
         4, ge=1, description="Pieces in which the loss walks over the tokens; more of them need less memory."
+    )
+    moe_dispatch: Literal["ragged", "capacity", "dense"] = Field(
+        "ragged",
+        description="How tokens reach experts; ragged drops none, capacity bounds what an expert takes, dense is slow.",
+    )
+    moe_capacity_factor: float = Field(
+        1.25, gt=0, description="What moe_dispatch=capacity lets an expert take, relative to a perfect balance."
     )
     load_balance_loss_weight: float = Field(
         0.0, ge=0, description="Coefficient of the loss that spreads tokens over experts (mixtures of experts)."
