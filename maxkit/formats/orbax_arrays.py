@@ -28,9 +28,7 @@ Parts = tuple[str, ...]
 METADATA, STEP_METADATA, COMMIT = "_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"
 EMPTY = ("None", "Dict", "List", "Tuple")  # value types without an array
 SEQUENCE, MAPPING = 1, 2  # kinds of a path's parts
-# Orbax stores an array in one piece unless it is larger than this; pieces of a layer each can be written one by one.
-CHUNK_BYTES = 256 * 2**20
-_COMMIT_BYTES = 64 * 2**20
+_COMMIT_BYTES = 64 * 2**20  # of small arrays together, and of a piece of a large one
 _ONE_DEVICE = {
     "sharding_type": "NamedSharding",
     "shape": [1],
@@ -196,10 +194,10 @@ def dtype_of(name: str) -> np.dtype:
 
 
 class OrbaxWriter:
-    """An item being written: `create` a leaf, then `write` it whole or part by part, `finish` at the end.
+    """An item being written: `write` whole arrays, or `create` one and give it part by part, `finish` at the end.
 
-    The item is a valid OCDBT database after every commit, and an Orbax item after `finish`. Arrays that come in parts
-    are stored in pieces of a part each, so that neither we nor TensorStore hold more than one.
+    Small arrays are committed together, a large one is written piece by piece, a stack of layers layer by layer: beside
+    what the caller holds there are never more than about 64 MB, or one layer, in memory.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -207,55 +205,51 @@ class OrbaxWriter:
         path.mkdir(parents=True)
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         self._entries: dict[str, dict[str, Any]] = {}
-        self._metadata: list[dict[str, Any]] = []
+        self._notes: list[dict[str, Any]] = []
         self._transaction, self._pending = ts.Transaction(), 0
 
     def empty(self, parts: Parts, value_type: str, sequences: frozenset[int] = frozenset()) -> None:
         """Note a place without an array: value_type "None" or "Dict"."""
-        self._note(parts, {"value_type": value_type, "skip_deserialize": True}, sequences)
+        self._list(parts, {"value_type": value_type, "skip_deserialize": True}, sequences)
 
     def write(
         self, parts: Parts, array: np.ndarray, sequences: frozenset[int] = frozenset(), impl: str | None = None
     ) -> None:
         """Store a whole array. sequences: which parts of its path are indices. impl: of PRNG key data."""
-        store = self.create(parts, array.shape, array.dtype, None, sequences, impl)
-        store[...] = array
+        chunks = _pieces(array.shape, array.dtype.itemsize)
+        self._note(parts, array.shape, chunks, sequences, impl)
+        spec = self._spec(parts) | {"metadata": _zarr_metadata(array.shape, chunks, array.dtype)}
+        if array.nbytes <= _COMMIT_BYTES:
+            if self._pending + array.nbytes > _COMMIT_BYTES:
+                self._commit()
+            self._pending += array.nbytes
+            store = ts.open(spec, create=True, context=self._context, transaction=self._transaction).result()
+            store[...] = array
+            return
+        store = ts.open(spec, create=True, context=self._context).result()
+        for start in range(0, array.shape[0], chunks[0]):
+            piece = slice(start, min(start + chunks[0], array.shape[0]))
+            store[piece].write(array[piece]).result()
 
     def create(
-        self,
-        parts: Parts,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        axis: int | None,
-        sequences: frozenset[int] = frozenset(),
-        impl: str | None = None,
-    ) -> "_Target":
-        """Announce an array; the result takes values, `target[index] = part`. axis: along which the parts lie."""
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        chunks = list(shape)
-        if axis is not None and size > CHUNK_BYTES:
-            chunks[axis] = 1
-        spec = {
-            "driver": "zarr3",
-            "kvstore": {"driver": "ocdbt", "base": f"file://{self.path.absolute()}/", "path": ".".join(parts) + "/"},
-            "metadata": _zarr_metadata(shape, tuple(chunks), dtype),
-            "store_data_equal_to_fill_value": True,
-        }
-        self._make_room(size)
-        store = ts.open(spec, create=True, open=True, context=self._context, transaction=self._transaction).result()
-        whole = axis is None or chunks[axis] != 1 or shape[axis] == 1
-        value_type = {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(shape)}
-        self._note(parts, value_type if impl is None else value_type | {"value_type": "jax.Array"}, sequences)
-        note = {"param_name": ".".join(parts), "write_shape": list(shape), "chunk_shape": chunks}
-        self._metadata.append({"array_metadata": note | {"ext_metadata": {"random_key_impl": impl} if impl else None}})
-        return _Target(self, store, None if whole else spec)
+        self, parts: Parts, shape: tuple[int, ...], dtype: np.dtype, axis: int, sequences: frozenset[int] = frozenset()
+    ) -> ts.TensorStore:
+        """An array that takes its parts along `axis` one by one: `target[index] = part`."""
+        chunks = tuple(1 if number == axis else size for number, size in enumerate(shape))
+        self._note(parts, shape, chunks, sequences, None)
+        spec = self._spec(parts) | {"metadata": _zarr_metadata(shape, chunks, dtype)}
+        return ts.open(spec, create=True, context=self._context).result()
 
     def finish(self) -> None:
         """Commit what is pending and write the item's metadata."""
-        self.commit()
+        self._commit()
         folder = self.path / "array_metadatas"
         folder.mkdir()
-        (folder / "process_0").write_text(json.dumps({"array_metadatas": self._metadata}))
+        (folder / "process_0").write_text(json.dumps({"array_metadatas": [{"array_metadata": n} for n in self._notes]}))
+        # PRNG keys become jax arrays, for which Orbax wants to know a device; everything else becomes numpy's.
+        keys = [note["param_name"] for note in self._notes if note["ext_metadata"]]
+        sharding = {base64.b64encode(key.encode()).decode(): json.dumps(_ONE_DEVICE) for key in keys}
+        (self.path / "_sharding").write_text(json.dumps(sharding))
         tree = {
             "tree_metadata": self._entries,
             "use_ocdbt": True,
@@ -264,64 +258,52 @@ class OrbaxWriter:
             "custom_metadata": None,
         }
         (self.path / METADATA).write_text(json.dumps(tree))
-        keys = [
-            note["array_metadata"]["param_name"] for note in self._metadata if note["array_metadata"]["ext_metadata"]
-        ]
-        # PRNG keys become jax arrays, for which Orbax wants to know a device; everything else becomes numpy's.
-        sharding = {base64.b64encode(key.encode()).decode(): json.dumps(_ONE_DEVICE) for key in keys}
-        (self.path / "_sharding").write_text(json.dumps(sharding))
 
-    def commit(self) -> None:
-        """Write what is pending to disk."""
+    def _commit(self) -> None:
         self._transaction.commit_async().result()
         self._transaction, self._pending = ts.Transaction(), 0
 
-    def _make_room(self, size: int) -> None:
-        if self._pending and self._pending + size > _COMMIT_BYTES:
-            self.commit()
-        self._pending += size
+    def _spec(self, parts: Parts) -> dict[str, Any]:
+        store = {"driver": "ocdbt", "base": f"file://{self.path.absolute()}/", "path": ".".join(parts) + "/"}
+        return {"driver": "zarr3", "kvstore": store, "store_data_equal_to_fill_value": True}
 
-    def _note(self, parts: Parts, value: dict[str, Any], sequences: frozenset[int]) -> None:
+    def _note(
+        self,
+        parts: Parts,
+        shape: tuple[int, ...],
+        chunks: tuple[int, ...],
+        sequences: frozenset[int],
+        impl: str | None,
+    ) -> None:
+        extension = {"random_key_impl": impl} if impl else None
+        note = {"param_name": ".".join(parts), "write_shape": list(shape), "chunk_shape": list(chunks)}
+        self._notes.append(note | {"ext_metadata": extension})
+        value = {"value_type": "jax.Array" if impl else "np.ndarray", "skip_deserialize": False}
+        self._list(parts, value | {"write_shape": list(shape)}, sequences)
+
+    def _list(self, parts: Parts, value: dict[str, Any], sequences: frozenset[int]) -> None:
         kinds = [SEQUENCE if number in sequences else MAPPING for number in range(len(parts))]
         keys = [{"key": part, "key_type": kind} for part, kind in zip(parts, kinds, strict=True)]
         self._entries[str(parts)] = {"key_metadata": keys, "value_metadata": value}
 
 
-class _Target:
-    """An array being written."""
-
-    def __init__(self, writer: OrbaxWriter, store: ts.TensorStore, spec: dict[str, Any] | None) -> None:
-        self._writer, self._store, self._spec = writer, store, spec
-
-    @property
-    def takes_parts(self) -> bool:
-        """Whether parts can be stored one by one; otherwise the whole is wanted at once."""
-        return self._spec is not None
-
-    def __setitem__(self, index: Any, part: np.ndarray) -> None:
-        if self._spec is None:
-            self._store[index] = part
-            return
-        self._writer.commit()  # the header, or the part before
-        context, spec = self._writer._context, {key: self._spec[key] for key in ("driver", "kvstore")}
-        ts.open(spec | {"store_data_equal_to_fill_value": True}, open=True, context=context).result()[index] = part
+def _pieces(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The shape of the pieces of a whole array: as many slices of its first axis as are not large together."""
+    if not shape:
+        return ()
+    slice_bytes = max(1, int(np.prod(shape[1:], dtype=np.int64)) * itemsize)
+    return (max(1, min(shape[0], _COMMIT_BYTES // slice_bytes)), *shape[1:])
 
 
 def _zarr_metadata(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
-    """As Orbax writes it: every piece is a shard of one chunk, compressed by zstd."""
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    if dtype.itemsize == 1:
-        little = {"name": "bytes"}
-    inner = [little, {"name": "zstd", "configuration": {"level": 1}}]
-    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    # A size of zero is no chunk shape.
-    chunks = tuple(max(size, 1) for size in chunks)
-    sharding = {"chunk_shape": chunks, "codecs": inner, "index_codecs": index}
+    """Not compressed: weights hardly get smaller, and it takes longer than writing them."""
+    bytes_codec = {"name": "bytes"} if dtype.itemsize == 1 else {"name": "bytes", "configuration": {"endian": "little"}}
+    chunks = tuple(max(size, 1) for size in chunks)  # a size of zero is no chunk shape
     return {
         "shape": shape,
         "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "codecs": [bytes_codec],
     }
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from maxkit.errors import UserError
-from maxkit.formats.contents import WEIGHTS, Address
+from maxkit.formats.contents import WEIGHTS
 from maxkit.models.config import ModelConfig
 
 FIELDS = ("attention_scale", "norm_scale_offset", "embedding_scale", "logit_scale", "rope_interleaved")
@@ -146,12 +146,10 @@ def _query_factors(config: ModelConfig) -> tuple[str, ...]:
 def _turned(config: ModelConfig) -> tuple[str, ...]:
     if config.mla:
         return (*_query_factors(config), "layers/attention/key_rope/kernel")
-    if config.qk_norm == "projection":
-        names = ("query_norm/scale", "key_norm/scale")
-    else:
-        names = ("query_norm/scale", "key_norm/scale") if config.qk_norm == "head" else ()
-    projections = ("query/kernel", "key/kernel", "query/bias", "key/bias")
-    return tuple(f"layers/attention/{name}" for name in (*projections, *names))
+    names = ["query/kernel", "key/kernel", "query/bias", "key/bias"]
+    if config.qk_norm in ("head", "projection"):
+        names += ["query_norm/scale", "key_norm/scale"]
+    return tuple(f"layers/attention/{name}" for name in names)
 
 
 def _reorder(config: ModelConfig, path: str, interleaved: bool) -> Callable[[np.ndarray], np.ndarray]:

@@ -3,7 +3,8 @@
 
 from maxkit.formats.maxtext.form import describe, maxtext_form
 from maxkit.formats.maxtext.reader import MaxTextContents
+from maxkit.formats.maxtext.writer import Written, write
 
-__all__ = ["MaxTextContents", "describe", "maxtext_form", "open"]
+__all__ = ["MaxTextContents", "Written", "describe", "maxtext_form", "open", "write"]
 
 open = MaxTextContents

@@ -17,10 +17,10 @@ from maxkit.models.config import ModelConfig
 
 
 class Run(NamedTuple):
-    """`count` layers in containers named by `pattern`. suffixes: of the layers that one container merges."""
+    """`num_layers` layers in containers named by `pattern`. suffixes: of the layers that one container merges."""
 
     pattern: str
-    count: int
+    num_layers: int
     stacked: bool
     cycle: int = 1
     suffixes: tuple[str, ...] = ("",)
@@ -28,11 +28,11 @@ class Run(NamedTuple):
     @property
     def repeats(self) -> int:
         """The length of the layer axis, of a stacked run."""
-        return self.count // self.cycle
+        return self.num_layers // self.cycle
 
 
 class Slot(NamedTuple):
-    """Where a layer is: container, suffix of its leaves' names, position on the layer axis of `repeats` (None: none)."""
+    """Where a layer is: container, suffix of its leaves, row on the layer axis of `repeats` (None: no axis)."""
 
     container: str
     suffix: str
@@ -66,20 +66,23 @@ def schemes(block: str, config: ModelConfig, cycle: int | None = None) -> dict[s
             "unrolled": (Run("layers_{b}", count, False, 2, _PAIR),),
             "numbered": (Run("layers/{b}", count, False, 2, _PAIR),),
         }
-    unrolled = {"unrolled": (Run("layers_{n}", count, False),), "numbered": (Run("layers/{n}", count, False),)}
+    unrolled: dict[str, Scheme] = {
+        "unrolled": (Run("layers_{n}", count, False),),
+        "numbered": (Run("layers/{n}", count, False),),
+    }
     if block not in CYCLES:
-        return {"scanned": (Run("layers", count, True),)} | unrolled
+        return {"scanned": (Run("layers", count, True),), **unrolled}
     cycle = cycle or CYCLES[block]
     whole = count // cycle * cycle
     rest = Run("layers_remainder/layers_{n}", count - whole, False)
-    return {"scanned": (Run("layers/layers_{c}", whole, True, cycle), rest)} | unrolled
+    return {"scanned": (Run("layers/layers_{c}", whole, True, cycle), rest), **unrolled}
 
 
 def slots(scheme: Scheme) -> list[Slot]:
     """One for each layer of the model, in order."""
     found = []
     for run in scheme:
-        for n in range(run.count):
+        for n in range(run.num_layers):
             name = run.pattern.format(n=n, c=n % run.cycle, b=n // run.cycle)
             suffix = run.suffixes[n % len(run.suffixes)]
             found.append(Slot(f"decoder/{name}", suffix, n // run.cycle if run.stacked else None, run.repeats))

@@ -91,7 +91,7 @@ def maxtext_form(config: ModelConfig) -> tuple[ModelConfig, Settings]:
     if config.tie_embeddings:
         changes["logit_scale"] = config.logit_scale / (config.embedding_scale or 1.0)
     kind = config.rope_scaling.kind if config.rope_scaling else None
-    if kind != "yarn":
+    if kind in ("llama3", "linear"):
         changes["rope_interleaved"] = kind == "llama3"
     wanted = config.model_copy(update=changes)
     settings = DEFAULTS | settings_of(wanted)

@@ -11,7 +11,7 @@ a last part `value`, and trees of the same form for the optimizer. So one pass o
 | `model/` | NNX state saved as it is; `optimizer/{step, opt_state}` beside it |
 | none | params-only of an NNX model; Tunix SFT (item `model_params`, the optimizer in an item `optimizer_state`) |
 | `base/` | Tunix DPO and RL, as above |
-| `inner_state/...` and all of the first | DiLoCo: the replicas, every array with one more axis in front, and the outer state |
+| `inner_state/...` and all of the first | DiLoCo: replicas (one more axis in front), and the outer state |
 
 Not here: which tensor of the model a key is (`reader.py`, `rows.py`).
 """
@@ -84,13 +84,13 @@ def _refuse_quantised(keys: Iterable[Parts]) -> None:
     for parts in keys:
         if parts[:2] == ("params", "aqt") or "qrhs" in parts or "qvalue" in parts:
             raise UserError(
-                f"quantised weights of AQT ({'/'.join(parts)}) are not read: convert the checkpoint that they were made "
-                "from, which has the kernels (MaxText removes them when it quantises)"
+                f"quantised weights of AQT ({'/'.join(parts)}) are not read: convert the checkpoint that they were "
+                "made from, which has the kernels (MaxText removes them when it quantises)"
             )
 
 
 def _below(parts: Parts, root: Parts) -> bool:
-    return parts[: len(root)] == root and parts[len(root) : len(root) + 1] and parts[len(root)] in _TREES
+    return parts[: len(root)] == root and len(parts) > len(root) and parts[len(root)] in _TREES
 
 
 def _format(root: Parts, keys: Iterable[Parts], item: str | None, whole: Iterable[Parts]) -> str:

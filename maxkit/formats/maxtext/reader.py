@@ -10,6 +10,7 @@ form.py        what the model computes (`config=`): a checkpoint of MaxText reco
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +26,13 @@ from maxkit.formats.maxtext.layout import Sorted, sort_keys
 from maxkit.formats.maxtext.rows import ROWS
 from maxkit.formats.orbax_arrays import METADATA, STEP_METADATA, OrbaxArrays
 from maxkit.formats.tables import letter_sizes
-from maxkit.models.config import ModelConfig
+from maxkit.models.config import BlockSpec, ModelConfig
 
 ITEMS = ("items", "state", "model_params", "default")  # what holds the weights, in the order of preference
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: path in the tree, how, and the position on the layer axis of `repeats` (None: no such axis)."""
+    """Where a tensor lies: path in the tree, how, and its row on the layer axis of length `repeats` (None: no axis)."""
 
     tree: str
     rearrangement: Rearrangement
@@ -74,7 +75,7 @@ class MaxTextContents:
         self.slots = (WEIGHTS, *(slot for slot in self._sorted.trees if slot != WEIGHTS))
         self.facts: dict[str, str] = dict(_facts_of_weights(self.description))
         self.layout, scheme = self._find_scheme()
-        self._places = self._make_places(containers.slots(scheme))
+        self._places = make_places(self.description.block, self.config, scheme, self._sorted.trees[WEIGHTS])
         self.scan_axis = self._find_axis()
         self._check_shapes()
         self.scan_layers = self._find_scan_layers()
@@ -210,27 +211,10 @@ class MaxTextContents:
         if not found[best]:
             below = sorted({"/".join(path.split("/")[:2]) for path in tree})
             raise UserError(
-                f"{self.path}: no layers of a {self.description.block} model ({self.description.source}); the checkpoint "
+                f"{self.path}: no layers of a {self.description.block} model ({self.description.source}); it "
                 f"holds {', '.join(below)}"
             )
         return best, schemes[best]
-
-    def _make_places(self, slots: list[containers.Slot]) -> dict[Address, Place]:
-        """Every tensor of the model, by the first row whose key is stored, else the very first."""
-        sizes, stored = letter_sizes(self.config), self._sorted.trees[WEIGHTS]
-        found: dict[Address, Place] = {}
-        for row in ROWS[self.description.block]:
-            layers = list(enumerate(self.config.blocks)) if row.per_layer else [(None, None)]
-            for layer, block in layers:
-                if not row.exists(self.config, block):
-                    continue
-                slot = slots[layer] if layer is not None else containers.Slot("", "", None, 1)
-                tree = row.key.replace("{i}", slot.container).replace("{part}", slot.suffix)
-                known = found.get((row.path, layer))
-                if known is None or (known.tree not in stored and tree in stored):
-                    found[row.path, layer] = Place(tree, parse_axes(row.axes, sizes), slot.row, slot.repeats)
-        order = list(dict.fromkeys(path for path, _ in found))
-        return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1] or 0)))
 
     def _find_axis(self) -> int:
         """The layer axis that all stacks agree with: the one described, or else MaxText's default, before others."""
@@ -280,6 +264,26 @@ class MaxTextContents:
         elif self.description.stated and bool(self.description.settings["scan_layers"]) != structure:
             self.facts["scan_layers"] = f"{self.description.source} says {not structure}, the arrays are {structure}"
         return structure
+
+
+def make_places(
+    block: str, config: ModelConfig, scheme: containers.Scheme, stored: Collection[str] = ()
+) -> dict[Address, Place]:
+    """Every tensor of a model, path by path: by the first row whose key is stored, or the very first."""
+    sizes, slots = letter_sizes(config), containers.slots(scheme)
+    found: dict[Address, Place] = {}
+    for row in ROWS[block]:
+        outside: list[tuple[int | None, BlockSpec | None]] = [(None, None)]
+        for layer, spec in enumerate(config.blocks) if row.per_layer else outside:
+            if not row.exists(config, spec):
+                continue
+            slot = slots[layer] if layer is not None else containers.Slot("", "", None, 1)
+            tree = row.key.replace("{i}", slot.container).replace("{part}", slot.suffix)
+            known = found.get((row.path, layer))
+            if known is None or (known.tree not in stored and tree in stored):
+                found[row.path, layer] = Place(tree, parse_axes(row.axes, sizes), slot.row, slot.repeats)
+    order = {path: number for number, path in enumerate(dict.fromkeys(path for path, _ in found))}
+    return dict(sorted(found.items(), key=lambda item: (order[item[0][0]], item[0][1] or 0)))
 
 
 def sort_optimizer(found: Sorted, arrays: OrbaxArrays) -> None:

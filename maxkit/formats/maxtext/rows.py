@@ -63,12 +63,13 @@ _LATENT_ATTENTION = (
 
 
 def _mlp(path: str, key: str, width: str, when: str) -> tuple[Leaf, ...]:
-    """gate and up are `wi_0` and `wi_1`, or the two columns of `wi` (`fused_mlp`); without a gate `wi` is up."""
+    """Gate and up are `wi_0` and `wi_1`, or the two columns of `wi` (`fused_mlp`); without a gate `wi` is up."""
     return (
         Leaf(f"{path}/gate/kernel", f"{key}/wi_0/kernel", f"D{width}", f"{when} mlp_gated"),
         Leaf(f"{path}/up/kernel", f"{key}/wi_1/kernel", f"D{width}", f"{when} mlp_gated"),
         Leaf(f"{path}/gate/kernel", f"{key}/wi/kernel", f"D(*1+1){width} > D{width}", f"{when} mlp_gated"),
         Leaf(f"{path}/up/kernel", f"{key}/wi/kernel", f"D(1+*1){width} > D{width}", f"{when} mlp_gated"),
+        Leaf(f"{path}/up/kernel", f"{key}/wi/kernel", f"D{width}", when),
         Leaf(f"{path}/down/kernel", f"{key}/wo/kernel", f"{width}D", when),
     )
 

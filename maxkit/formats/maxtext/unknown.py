@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a MaxText checkpoint says about itself, and what it cannot: the refusal of one that is opened without `config=`."""
+"""What a MaxText checkpoint says about itself and what it cannot: the refusal of one opened without `config=`."""
 
 import math
 import re
@@ -81,7 +81,7 @@ def refusal(path: Any, found: Sorted, shapes: Shapes) -> str:
     known = ", ".join(f"{name}={size}" for name, size in sizes.items())
     nearest = closest_preset(sizes)
     return (
-        f"{path}: a {found.format} checkpoint does not record what its model computes. Known from its tensors: {known}. "
-        f"Not known: {', '.join(missing)}. Give config=: the log of MaxText's settings, its YAML, a config.json, or a "
-        f"preset{f' (the closest is {nearest})' if nearest else ''}"
+        f"{path}: a {found.format} checkpoint does not record what its model computes. Known from its tensors: "
+        f"{known}. Not known: {', '.join(missing)}. Give config=: the log of MaxText's settings, its YAML, a "
+        f"config.json, or a preset{f' (the closest is {nearest})' if nearest else ''}"
     )
