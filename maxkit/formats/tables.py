@@ -347,6 +347,12 @@ _DEEPSEEK = (
     *_PLAIN_EXPERTS,
     *_mlp("layers/mlp/shared", _LAYER + "mlp.shared_experts.", "s", "moe shared"),
 )
+_GLM4_MOE = (
+    *(*_LLAMA, *_ROUTER),
+    Leaf("layers/mlp/router/correction", _LAYER + "mlp.gate.e_score_correction_bias", "E", "moe correction"),
+    *_PLAIN_EXPERTS,
+    *_mlp("layers/mlp/shared", _LAYER + "mlp.shared_experts.", "s", "moe shared"),
+)
 _GPT_OSS_MOE = _LAYER + "mlp.experts."
 _GPT_OSS = (
     *(*_ENDS, *_PRE_NORMS, *_GROUPED_QUERY),
@@ -393,11 +399,24 @@ _QWEN3_NEXT = (
     Leaf("layers/delta/out/kernel", _DELTA + "out_proj.weight", "D(kgu) > (kg)uD", "delta"),
     *(*_DENSE, *_ROUTER, *_PLAIN_EXPERTS, *_QWEN_SHARED),
 )
-_PHI3 = (
-    *(*_ENDS, *_PRE_NORMS, *_PHI3_ATTENTION),
+_FUSED_MLP = (
     Leaf("layers/mlp/gate/kernel", _LAYER + "mlp.gate_up_proj.weight", "(*F+F)D > DF"),
     Leaf("layers/mlp/up/kernel", _LAYER + "mlp.gate_up_proj.weight", "(F+*F)D > DF"),
     Leaf("layers/mlp/down/kernel", _LAYER + "mlp.down_proj.weight", "DF > FD"),
+)
+_PHI3 = (*_ENDS, *_PRE_NORMS, *_PHI3_ATTENTION, *_FUSED_MLP)
+_GLM = (*_ENDS, *_PRE_NORMS, *_GROUPED_QUERY, *_FUSED_MLP)
+_GLM4 = (
+    *_GLM,
+    Leaf("layers/attention_out_norm/scale", _LAYER + "post_self_attn_layernorm.weight", "D"),
+    Leaf("layers/mlp_out_norm/scale", _LAYER + "post_mlp_layernorm.weight", "D"),
+)
+_STARCODER2 = (
+    *(*_ENDS, *_PRE_NORMS, *_GROUPED_QUERY),
+    Leaf("layers/mlp/up/kernel", _LAYER + "mlp.c_fc.weight", "FD > DF"),
+    Leaf("layers/mlp/up/bias", _LAYER + "mlp.c_fc.bias", "F", "mlp_bias"),
+    Leaf("layers/mlp/down/kernel", _LAYER + "mlp.c_proj.weight", "DF > FD"),
+    Leaf("layers/mlp/down/bias", _LAYER + "mlp.c_proj.bias", "D", "mlp_bias"),
 )
 # GPT-2 stores matrices as [in, out].
 _BLOCK = "transformer.h.{i}."
@@ -449,17 +468,22 @@ _LLAMA_GGUF = (
     Leaf("layers/mlp/down/bias", "blk.{i}.ffn_down.bias", "D", "mlp_bias"),
 )
 
+_LIKE_LLAMA = "arcee cohere cwm ernie4_5 granite helium ministral seed_oss smollm3 stablelm".split()
 TABLES: dict[tuple[str, str], tuple[Leaf, ...]] = {
-    **{(family, "hf"): _LLAMA for family in ("llama", "mistral", "qwen2", "qwen3", "gemma")},
+    **{(family, "hf"): _LLAMA for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", *_LIKE_LLAMA)},
     **{(family, "hf"): _GEMMA2 for family in ("gemma2", "gemma3")},
     **{(family, "hf"): _OLMO2 for family in ("olmo2", "olmo3")},
-    **{(family, "hf"): _QWEN_MOE for family in ("qwen2_moe", "qwen3_moe")},
+    **{(family, "hf"): _QWEN_MOE for family in ("qwen2_moe", "qwen3_moe", "olmoe")},
+    **{(family, "hf"): _GLM4_MOE for family in ("glm4_moe", "dots1")},
     **{(family, "hf"): _DEEPSEEK for family in ("deepseek_v2", "deepseek_v3")},
     ("mixtral", "hf"): _MIXTRAL,
     ("gpt_oss", "hf"): _GPT_OSS,
     ("phi3", "hf"): _PHI3,
     ("llama4", "hf"): _LLAMA4,
     ("qwen3_next", "hf"): _QWEN3_NEXT,
+    ("glm", "hf"): _GLM,
+    ("glm4", "hf"): _GLM4,
+    ("starcoder2", "hf"): _STARCODER2,
     ("gpt2", "hf"): _GPT2,
     ("llama", "gguf"): _LLAMA_GGUF,
 }
@@ -498,7 +522,7 @@ def ignored(config: ModelConfig, key: str, spelling: int) -> str | None:
         if families in (("",), (config.family,)) and re.fullmatch(pattern, key):
             return reason
     layer = re.match(re.escape(respell("model.layers.", spelling)) + r"(\d{1,9})\.", key)
-    if config.family == "deepseek_v3" and layer and int(layer[1]) >= config.num_layers:
+    if config.family in ("deepseek_v3", "glm4_moe") and layer and int(layer[1]) >= config.num_layers:
         return _MTP
     inside = tuple(respell(beginning, spelling) for beginning in ("model.", "lm_head."))
     if spelling >= _MULTIMODAL and not key.startswith(inside):

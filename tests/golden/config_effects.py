@@ -50,6 +50,22 @@ CASES = {
     "deepseek_v3": "deepseek_v3-groups",
     "qwen3_next": "qwen3_next-remainder",
     "gpt2": "gpt2-tied",
+    "arcee": "arcee-bias",
+    "seed_oss": "seed_oss-bias",
+    "ministral": "ministral-mixed",
+    "cwm": "cwm-default",
+    "smollm3": "smollm3-nope",
+    "granite": "granite-scales",
+    "helium": "helium-gqa",
+    "ernie4_5": "ernie4_5-bias",
+    "cohere": "cohere-gqa",
+    "starcoder2": "starcoder2-bias",
+    "stablelm": "stablelm-serial",
+    "glm": "glm-gqa",
+    "glm4": "glm4-gqa",
+    "olmoe": "olmoe-all",
+    "glm4_moe": "glm4_moe-groups",
+    "dots1": "dots1-window",
 }
 _PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 _NONE = {"rope_parameters": ABSENT}
@@ -127,6 +143,14 @@ _MLA = [
     Effect("n_group", 2),
     Effect("topk_group", 3),
     Effect("rope_parameters", _YARN["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 0.5}, _YARN),
+]
+_SPLIT = [
+    Effect("first_k_dense_replace", 2),
+    Effect("n_routed_experts", 12),
+    Effect("n_shared_experts", 2),
+    Effect("routed_scaling_factor", 0.5),
+    Effect("n_group", 2),
+    Effect("topk_group", 3),
 ]
 _OWN: dict[str, list[Effect]] = {
     "llama": [Effect("mlp_bias", True)],
@@ -221,6 +245,59 @@ _OWN: dict[str, list[Effect]] = {
         Effect("num_hidden_layers", 4, {"layer_types": ABSENT}),
         Effect("intermediate_size", 50, {"mlp_only_layers": [0]}),
     ],
+    "arcee": [Effect("mlp_bias", False)],
+    "seed_oss": [Effect("mlp_bias", False), Effect("attention_out_bias", False)],
+    "cwm": [Effect("mlp_bias", True), Effect("rope_theta", 50.0, {"rope_parameters": {"rope_type": "default"}})],
+    "smollm3": [
+        Effect("use_sliding_window", False, {"layer_types": ABSENT}),
+        Effect("sliding_window", 2),
+        Effect("layer_types", ["full_attention", "sliding_attention", "full_attention"],
+               {"layer_types": ABSENT, "no_rope_layers": [1, 1, 0], "num_hidden_layers": 3}),
+        Effect("num_hidden_layers", 2, {"layer_types": ABSENT, "no_rope_layers": ABSENT}),
+        Effect("no_rope_layers", [1, 1, 0, 1, 0]),
+        Effect("no_rope_layer_interval", 3, {"no_rope_layers": ABSENT, "layer_types": ABSENT}),
+        Effect("mlp_bias", True),
+    ],
+    "granite": [
+        Effect("attention_multiplier", 0.9),
+        Effect("embedding_multiplier", 0.4),
+        Effect("logits_scaling", 3.0),
+        Effect("residual_multiplier", 1.4),
+        Effect("mlp_bias", True),
+    ],
+    "helium": [Effect("mlp_bias", False)],
+    "ernie4_5": [Effect("use_bias", False)],
+    "cohere": [Effect("logit_scale", 0.2), Effect("layer_norm_eps", 0.5)],
+    "starcoder2": [Effect("norm_epsilon", 0.5), Effect("use_bias", False)],
+    "stablelm": [
+        Effect("layer_norm_eps", 0.5),
+        Effect("use_qkv_bias", False),
+        Effect("use_parallel_residual", True),
+        Effect("partial_rotary_factor", 0.75, _NONE),
+        Effect("hidden_size", 96),
+        Effect("num_attention_heads", 3, {"num_key_value_heads": 3}),
+        Effect("max_position_embeddings", 8, _DYNAMIC | {"partial_rotary_factor": 1.0}),
+        Effect("rope_theta", 50.0, _NONE | {"partial_rotary_factor": 1.0}),
+        Effect("rope_scaling", {"rope_type": "linear", "factor": 3.0}, _NONE | {"partial_rotary_factor": 1.0}),
+        Effect("rope_parameters", {"rope_type": "default", "rope_theta": 70.0},
+               _PLAIN | {"partial_rotary_factor": 1.0}),
+    ],
+    "glm": [Effect("num_attention_heads", 12, {"head_dim": 8}), Effect("partial_rotary_factor", 1.0, _NONE)],
+    "glm4": [Effect("num_attention_heads", 12, {"head_dim": 8}), Effect("partial_rotary_factor", 1.0, _NONE)],
+    "olmoe": [Effect("num_attention_heads", 2, {"head_dim": ABSENT}), Effect("hidden_size", 48, {"head_dim": ABSENT})],
+    "glm4_moe": [
+        Effect("num_attention_heads", 12, {"head_dim": 8}),
+        Effect("partial_rotary_factor", 1.0, _NONE),
+        Effect("use_qk_norm", False),
+        *_SPLIT,
+    ],
+    "dots1": [
+        Effect("sliding_window", 2),
+        Effect("max_window_layers", 2, {"layer_types": ABSENT}),
+        *(effect for effect in _SPLIT if effect.key not in ("n_group", "topk_group")),
+        Effect("n_group", 4, {"topk_group": 2, "n_group": 2}),
+        Effect("topk_group", 3, {"topk_group": 2, "n_group": 4}),
+    ],
     "gpt2": [
         Effect("n_positions", 80),
         Effect("n_embd", 48),
@@ -241,6 +318,10 @@ NOTHING_TO_CHANGE: dict[str, dict[str, str]] = {family: {} for family in CASES} 
         "original_max_position_embeddings": "is a key of the tables per layer type",
         "rope_theta": "any value but the default is refused: versions of transformers disagree",
     },
+    "helium": dict.fromkeys(
+        ("hidden_size", "num_attention_heads", "head_dim"), "one alone is refused: heads * head_dim is hidden_size"
+    ),
+    "olmoe": {"head_dim": "any value but hidden_size / heads is refused"},
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3"),
         {

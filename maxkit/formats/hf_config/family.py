@@ -45,7 +45,7 @@ class Family:
     always: fields that are the same for all models of the family. fields, written: see above; both may be partial.
     other_model_types: model types of files that the same class reads. own_code: entries of `auto_map` that are known
     to compute what the class of transformers computes. wrapper: (architecture, model_type, keys beside text_config) of
-    a multimodal model whose text part this is.
+    a multimodal model whose text part this is. required_ids: token ids for which the class takes no null.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Family:
     other_model_types: tuple[str, ...] = ()
     own_code: frozenset[str] = frozenset()
     quantized: tuple[str, ...] = ()
+    required_ids: tuple[str, ...] = ()
     wrapper: tuple[str, str, dict[str, str]] | None = None
 
 

@@ -3,7 +3,7 @@
 
 `read_config` reads a file, `read_config_dict` its content, `config_json` writes. A key that changes the maths is read
 or refused by name, a key that nobody knows is refused. Families: `dense.py`, `gemma.py`, `experts.py`, `latent.py`,
-`hybrid.py`, `layer_norm.py`. Next to read: `family.py`.
+`hybrid.py`, `layer_norm.py`, `relatives.py`. Next to read: `family.py`.
 """
 
 import difflib
@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from maxkit.errors import UserError, nearest
-from maxkit.formats.hf_config import dense, experts, gemma, hybrid, keys, latent, layer_norm, rope
+from maxkit.formats.hf_config import dense, experts, gemma, hybrid, keys, latent, layer_norm, relatives, rope
 from maxkit.formats.hf_config.family import Family
 from maxkit.models.config import ModelConfig, compress
 
-_GROUPS = (dense, gemma, experts, latent, hybrid, layer_norm)
+_GROUPS = (dense, gemma, experts, latent, hybrid, layer_norm, relatives)
 FAMILIES: dict[str, Family] = {family.name: family for group in _GROUPS for family in group.FAMILIES}
 _WRAPPERS = {family.wrapper[0]: family for family in FAMILIES.values() if family.wrapper}
 ARCHITECTURES: dict[str, str] = {
@@ -289,7 +289,12 @@ def config_json(config: ModelConfig, tokenizer: Any, dtype: str) -> dict[str, An
             f"a Hugging Face {family.name} model cannot have {name}={str(value)[:120]}: its configuration class "
             f"would mean {str(getattr(said, name))[:120]}"
         )
-    return written | {"torch_dtype": dtype, "dtype": dtype, **special_ids(tokenizer)}
+    ids = {
+        key: value
+        for key, value in special_ids(tokenizer).items()
+        if value is not None or key not in family.required_ids
+    }
+    return written | {"torch_dtype": dtype, "dtype": dtype, **ids}
 
 
 def _get(config: ModelConfig, path: str) -> Any:
