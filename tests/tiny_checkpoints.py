@@ -20,7 +20,7 @@ from maxkit.types import TrainState
 LOCAL, GLOBAL, MOE = BlockSpec(sliding_window=4), BlockSpec(), BlockSpec(mlp="moe")
 MODELS = {
     "llama": tiny(num_layers=3),
-    "gemma": tiny(num_layers=8, pattern=(LOCAL,) * 5 + (GLOBAL,), tie_embeddings=True, norm_placement="both"),
+    "gemma": tiny(num_layers=14, pattern=(LOCAL,) * 5 + (GLOBAL,), tie_embeddings=True, norm_placement="both"),
     "deepseek": tiny(
         num_layers=5,
         leading_blocks=(GLOBAL,) * 2,

@@ -189,12 +189,11 @@ def largest_difference(a: np.ndarray, b: np.ndarray, atol: float, rtol: float) -
     one, two = a.reshape(-1), b.reshape(-1)
     for start in range(0, one.size, _PIECE):
         x, y = (_wide(part[start : start + _PIECE]) for part in (one, two))
+        same = (x == y) | (np.isnan(x) & np.isnan(y))  # first: the difference of two infinities is no number
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            gap = np.abs(x - y)
-            # Equal values first: the difference of two infinities is no number.
-            gap = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, gap)
+            gap = np.where(same, 0.0, np.abs(x - y))
             gap = np.where(np.isnan(gap), np.inf, gap)
-            outside = ~(gap <= atol + rtol * np.abs(y)) | np.isinf(gap)
+            outside = ~same & (np.isinf(gap) | (gap > atol + rtol * np.abs(y)))
             if not outside.any():
                 continue
             share = np.where(outside, gap / np.abs(y), 0.0)

@@ -66,7 +66,8 @@ def find(path: str | os.PathLike) -> CheckpointLocation:
         return _find_file(place)
     if (place / "config.json").exists() and _is_model_folder(place):
         return CheckpointLocation("hf", place)
-    if (place / ITEM_METADATA).exists() or (place / manifests.MANIFEST_FILE).exists():
+    own = place.name == manifests.MANIFEST and (place / manifests.MANIFEST_FILE).exists()
+    if (place / ITEM_METADATA).exists() or own:
         return _find_item(place)
     if _is_step(place):
         return _step_location(place)

@@ -21,17 +21,16 @@ def for_huggingface(contents: Any) -> Any:
     """`contents` stated as a config.json can say it: as it is if possible, else with the fewest fields rewritten.
 
     Raises:
-        UserError: no statement of this function has a config.json; says what stands against the first.
+        UserError: no statement of this function has a config.json; says what is in the way besides the statement.
     """
-    first: UserError | None = None
+    errors: list[UserError] = []
     for config in _statements(contents.config):
         try:
             config_json(config, None, "float32")
             return contents if config == contents.config else Restated(contents, config)
         except UserError as error:
-            first = first or error
-    assert first is not None
-    raise first
+            errors.append(error)
+    raise next((error for error in errors if not any(f" {name}=" in str(error) for name in FIELDS)), errors[0])
 
 
 def alike(a: Contents, b: Contents) -> tuple[Any, list[str]]:
