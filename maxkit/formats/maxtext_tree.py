@@ -53,8 +53,6 @@ def recognise(shapes: Shapes, item: str | None = None) -> Guess:
         *([f"family: {mark}"] if mark else []),
         *([f"scan_layers: {structure}"] if structure else []),
     ]
-    if any("nnx_aux" in path.split("/")[:1] for path in shapes):
-        evidence.append("writer: NNX (it has nnx_aux)")
     return Guess(layout, family, scan_layers, groups, _optimizer(shapes), weights, evidence)
 
 
@@ -67,6 +65,9 @@ def _layout(shapes: Shapes, item: str | None) -> tuple[str, str]:
     if "model" in roots and any(path.startswith("model/decoder/") for path in shapes):
         return "maxtext-nnx", "format: weights under model/"
     if any(path.startswith("params/params/") for path in shapes):
+        # An NNX run saves what a Linen run saves, and the state of its random numbers.
+        if "nnx_aux" in roots:
+            return "maxtext-nnx", "format: weights under params/params/, and nnx_aux"
         return "maxtext-linen", "format: weights under params/params/"
     if any(path.startswith("params/decoder/") for path in shapes):
         return "maxtext-linen", "format: weights under params/, params only"
@@ -147,13 +148,13 @@ def _group(name: str, pattern_length: int, repeats: int | None, layer_axis: int 
 
 
 def _optimizer(shapes: Shapes) -> str | None:
-    """The kind of optimizer state; variants of Adam look alike."""
-    paths = [p for p in shapes if p.split("/")[0] in ("opt_state", "optimizer")]
+    """The kind of optimizer state, by its form: AdamW's is a chain, Paxml's Adam has its moments at the top."""
+    paths = [p.removeprefix("optimizer/") for p in shapes if p.split("/")[0] in ("opt_state", "optimizer")]
     parts = {part for path in paths for part in path.split("/")}
     if "muon" in parts:
         return "muon"
     if {"mu", "nu"} <= parts:
-        return "adam"
+        return "adam_pax" if any(path.startswith("opt_state/mu/") for path in paths) else "adamw"
     if parts & {"trace"}:
         return "sgd with momentum"
     return "sgd" if "count" in parts else None

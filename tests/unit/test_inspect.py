@@ -123,7 +123,7 @@ def test_an_interrupted_save_is_no_step(run_dir, tmp_path):
 
 def test_maxtext_fixtures():
     found = inspect.describe(FIXTURES / "maxtext" / "sgd_unscanned_025")
-    assert (found["format"], found["family"], found["scan_layers"]) == ("maxtext-linen", "llama", False)
+    assert (found["format"], found["family"], found["scan_layers"]) == ("maxtext-nnx", "llama", False)
     assert (found["num_params"], found["step"], found["optimizer"]) == (53536, 1, "sgd")
     assert found["groups"] == [{"name": "layers", "pattern_length": 1, "repeats": 4, "layer_axis": None}]
     assert "scan_layers: the step's custom_metadata" in found["metadata"]["evidence"]
