@@ -311,11 +311,15 @@ def _first(found: Sorted, arrays: OrbaxArrays):
 
 def _locate(path: Any) -> tuple[Any, str]:
     """(step directory, item) of a run, step or item directory; the newest step of a run."""
-    place = path if not isinstance(path, str) else Path(path.rstrip("/")).expanduser() if "://" not in path else None
-    if place is None:
-        from etils import epath  # not needed for local paths
+    place = path
+    if isinstance(path, str):
+        text = path.removeprefix("file://").rstrip("/")
+        if "://" in text:
+            from etils import epath  # not needed for local paths
 
-        place = epath.Path(path.rstrip("/"))
+            place = epath.Path(text)
+        else:
+            place = Path(text).expanduser()
     if not place.exists():
         raise UserError(f"{path}: no such file or directory")
     if (place / METADATA).exists():
