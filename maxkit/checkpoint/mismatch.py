@@ -79,10 +79,19 @@ def check(where: object, expected: Mapping[str, Leaf], found: Mapping[str, Leaf]
     lines = mismatches(expected, found)
     if lines:
         count = f"{len(lines)} difference{'s' if len(lines) > 1 else ''}"
+        if _has_optimizer(expected) and not _has_optimizer(found):
+            raise UserError(
+                f"{where} holds weights alone, which no run can continue from: start a new run_dir with "
+                f"load_parameters_path={where}"
+            )
         raise UserError(
             f"{where} does not fit this run ({count}). Set the parameters as the checkpoint was made, "
             "or use another run_dir:\n  " + "\n  ".join(lines)
         )
+
+
+def _has_optimizer(leaves: Mapping[str, Leaf]) -> bool:
+    return any(path.startswith("opt_state/") for path in leaves)
 
 
 def _text(leaf: Leaf) -> str:

@@ -7,8 +7,8 @@ differences at once and never ends in a traceback of Orbax or JAX. Next to read:
 
 import collections
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +27,78 @@ _READ_AHEAD_BYTES = 1 << 30  # of arrays that are being read before the oldest i
 _KEY_KINDS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
 
 
-def restore_tree(step_path: Any, target: Tree, manifest: manifests.Manifest, *, verify: bool = True) -> Tree:
+def restore_tree(
+    step_path: Any,
+    target: Tree,
+    manifest: manifests.Manifest,
+    *,
+    verify: bool = True,
+    missing: Literal["error", "warn", "init"] = "error",
+    unexpected: Literal["error", "warn"] = "error",
+    initial: Callable[[], Tree] | None = None,
+    notes: list[str] | None = None,
+) -> Tree:
     """A tree like `target` with the arrays of a step, on the shardings of `target`.
 
     `target` is a tree of arrays or `jax.ShapeDtypeStruct`; a leaf without sharding goes to the first device.
     The step may have been saved on another mesh. `verify` compares every leaf with its digest.
+
+    missing: what happens to leaves that the step lacks: refused; zeros; or those of `initial()`, a tree like `target`.
+    State of random numbers (a PRNG key, or what lies under `rngs` or `dropout`) that is absent is made from seed 0
+    under every policy. unexpected: whether leaves that `target` lacks are refused. `notes` gets a line for each leaf
+    that was made up or left out.
 
     Raises:
         UserError: structure, shapes or dtypes differ; lists every difference.
         DamagedCheckpoint: the arrays cannot be read, or their bytes are not those that were saved.
     """
     leaves = digest.named_leaves(target)
+    notes = [] if notes is None else notes
     expected = {path: (tuple(np.shape(leaf)), dtype_name(leaf)) for path, leaf in leaves.items()}
     found = {path: (leaf.shape, leaf.dtype) for path, leaf in manifest.leaves.items()}
-    mismatch.check(step_path, expected, found)
-    return jax.tree.unflatten(
-        jax.tree.structure(target), read_leaves(step_path, leaves, manifest, verify=verify).values()
+    found = {path: form for path, form in found.items() if not path.startswith("foreign/")}
+    random = {path for path in expected.keys() - found.keys() if _is_random(path, leaves[path])}
+    absent = {path for path in expected.keys() - found.keys() - random} if missing != "error" else set()
+    extra = found.keys() - expected.keys() if unexpected == "warn" else set()
+    made_up = random | absent
+    mismatch.check(
+        step_path,
+        {path: form for path, form in expected.items() if path not in made_up},
+        {path: form for path, form in found.items() if path not in extra},
     )
+    fill = "its initial value" if missing == "init" else "zeros"
+    notes += [f"missing, filled with seed 0: {path}" for path in leaves if path in random]
+    notes += [f"missing, filled with {fill}: {path}" for path in leaves if path in absent]
+    notes += [f"not used: {path}" for path in sorted(extra)]
+    present = {path: leaf for path, leaf in leaves.items() if path not in made_up}
+    arrays = read_leaves(step_path, present, manifest, verify=verify)
+    first = digest.named_leaves(initial()) if absent and missing == "init" and initial is not None else {}
+    values = [
+        arrays[path] if path in arrays else _made_up(leaf, first.get(path), random=path in random)
+        for path, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(target), values)
+
+
+def _is_random(path: str, leaf: Any) -> bool:
+    return is_key(leaf) or not {"rng", "rngs", "dropout"}.isdisjoint(path.split("/"))
+
+
+def _made_up(leaf: Any, value: jax.Array | None, *, random: bool) -> jax.Array:
+    """A leaf that no checkpoint has, under the sharding of the target."""
+    sharding = getattr(leaf, "sharding", None)
+    if value is not None:
+        return value if sharding is None else jax.device_put(value, sharding)
+    if not is_key(leaf):
+        return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+    assert random
+    name = str(leaf.dtype).removeprefix("key<").removesuffix(">")
+    make = lambda: jax.random.split(  # noqa: E731
+        jax.random.key(0, impl=_KEY_KINDS.get(name, name)), math.prod(leaf.shape) or 1
+    ).reshape(leaf.shape)
+    if not leaf.shape:
+        make = lambda: jax.random.key(0, impl=_KEY_KINDS.get(name, name))  # noqa: E731
+    return jax.jit(make, out_shardings=sharding)() if sharding is not None else make()
 
 
 def read_leaves(

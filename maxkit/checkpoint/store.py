@@ -142,13 +142,16 @@ class CheckpointStore:
         verify: bool = True,
         fallback: bool = False,
         with_iterator: bool = True,
+        missing: Literal["error", "warn", "init"] = "error",
+        unexpected: Literal["error", "warn"] = "error",
+        initial: Callable[[], TrainState] | None = None,
     ) -> Restored:
         """Restore a step (None: the newest) into the structure, dtypes and shardings of `target`.
 
         `target` is a `TrainState` of arrays or `jax.ShapeDtypeStruct`; the mesh may differ from the one that
         saved. With `fallback`, damaged steps are passed over for the newest good one before them, `notes`
         says so, and a store that may write renames them to `<step>.damaged`. `verify=False` skips the
-        digests.
+        digests. `missing`, `unexpected` and `initial`: as in `restore.restore_tree`.
 
         Raises:
             UserError: no such step; or it does not fit `target`, listing every difference.
@@ -160,7 +163,9 @@ class CheckpointStore:
         damaged: list[tuple[int, DamagedCheckpoint]] = []
         for candidate in candidates:
             try:
-                result = self._restore_step(candidate, target, verify, with_iterator)
+                result = self._restore_step(
+                    candidate, target, verify, with_iterator, missing=missing, unexpected=unexpected, initial=initial
+                )
             except DamagedCheckpoint as error:
                 damaged.append((candidate, error))
                 continue
@@ -170,7 +175,7 @@ class CheckpointStore:
                 raise self._damage_report(damaged, candidate) from damaged[0][1]
             notes = tuple(f"step {s} is damaged and was passed over: {error}" for s, error in damaged)
             self._set_aside([s for s, _ in damaged])
-            return result._replace(notes=(*notes, f"restored step {candidate}"))
+            return result._replace(notes=(*notes, f"restored step {candidate}", *result.notes))
         raise self._damage_report(damaged, None) from damaged[0][1]
 
     # ---- writing
@@ -375,15 +380,16 @@ class CheckpointStore:
             multihost_utils.sync_global_devices("maxkit set aside damaged checkpoints")
         self._manager.reload()
 
-    def _restore_step(self, step: int, target: Tree, verify: bool, with_iterator: bool) -> Restored:
+    def _restore_step(self, step: int, target: Tree, verify: bool, with_iterator: bool, **policies: Any) -> Restored:
         path = self.step_path(step)
         manifest = manifests.read_manifest(path)
-        state = restore.restore_tree(path, target, manifest, verify=verify)
+        notes: list[str] = []
+        state = restore.restore_tree(path, target, manifest, verify=verify, notes=notes, **policies)
         manifests.read_tokenizer(path, manifest)
         position = None
         if with_iterator and manifest.has_iterator:
             position = manifests.read_iterator(path, jax.process_index(), jax.process_count())
-        return Restored(state, manifest, position)
+        return Restored(state, manifest, position, tuple(notes))
 
     def _damage_report(self, damaged: list[tuple[int, DamagedCheckpoint]], good: int | None) -> DamagedCheckpoint:
         reports = "; ".join(str(error) for _, error in damaged)

@@ -234,7 +234,12 @@ class Run:
         )
 
     def _restore(self) -> TrainState:
-        found = self.store.restore(self.resumed_from, self.abstract_state())
+        found = self.store.restore(
+            self.resumed_from,
+            self.abstract_state(),
+            missing=self.cfg.checkpoint_missing_param_policy,
+            initial=lambda: self._first_state(self._initial_params()),
+        )
         self.report += found.notes
         if found.manifest.data != self._data_digest():
             raise UserError(

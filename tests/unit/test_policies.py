@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Missing, unexpected, misshapen and mistyped tensors, of weights and of a run's state: each policy, all at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_checkpoints import MODELS, POSITION, definition_of, record_of, save_run, state_of
+from tiny_models import tiny, weights
+
+from maxkit import mesh as meshes
+from maxkit.checkpoint import digest
+from maxkit.checkpoint.contents import TreeContents
+from maxkit.checkpoint.convert import convert
+from maxkit.checkpoint.load import read_params
+from maxkit.checkpoint.store import CheckpointStore
+from maxkit.errors import UserError
+from maxkit.models.config import Execution
+from maxkit.models.definition import ModelDefinition
+
+DEFINITION = definition_of("llama", True)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def contents(change=None, dtype=np.float32, scan=True):
+    definition = definition_of("llama", scan)
+    leaves = {path: np.array(x, dtype) for path, x in definition.flat(weights(definition)).items()}
+    if change:
+        change(leaves)
+    return TreeContents(MODELS["llama"], leaves, scan_layers=scan)
+
+
+def read(source, definition=DEFINITION, **policies):
+    report = []
+    return definition.flat(read_params(source, definition, None, report=report, **policies)), report
+
+
+def broken(leaves):
+    """One of each kind of problem."""
+    del leaves["layers/layer_2/mlp_norm/scale"]
+    leaves["layers/layer_1/mlp/up/kernel"] = np.zeros((16, 20), np.float32)
+    leaves["embed/table"] = np.zeros((40, 16), np.float32)
+    leaves["layers/layer_0/attention/query/bias"] = np.zeros((4, 4), np.float32)
+    leaves["final_norm/scale"] = np.ones(16, np.float64)
+
+
+def test_everything_that_does_not_fit_is_in_one_message():
+    with pytest.raises(UserError) as caught:
+        read(contents(broken, scan=False), cast=False)
+    text = str(caught.value)
+    for words in (
+        "1 parameter of the model is not in the checkpoint: layers/block_0/mlp_norm/scale: expected float32[3, 16]",
+        "2 tensors of the checkpoint have another shape: embed/table: expected [48, 16], found [40, 16] -> vocab_size",
+        "layers/block_0/mlp/up/kernel (layer 1): expected [16, 24], found [16, 20] -> mlp_dim",
+        "1 tensor of the checkpoint is not part of the model: layers/attention/query/bias (layers 0)",
+        "final_norm/scale is stored as float64, most weights as float32: say which with dtype=",
+    ):
+        assert words in text, words
+    assert "\n" not in text
+    # In the same order again.
+    with pytest.raises(UserError) as again:
+        read(contents(broken, scan=False), cast=False)
+    assert str(again.value) == text
+
+
+@pytest.mark.parametrize("missing", ["warn", "init"])
+def test_of_a_stack_only_the_missing_layer_is_made_up(missing):
+    def change(leaves):
+        del leaves["layers/layer_1/mlp/up/kernel"]
+
+    leaves, report = read(contents(change, scan=False), missing=missing)
+    want = DEFINITION.flat(weights(DEFINITION))["layers/block_0/mlp/up/kernel"]
+    made = np.asarray(leaves["layers/block_0/mlp/up/kernel"])
+    np.testing.assert_array_equal(made[[0, 2]], want[np.array([0, 2])])
+    assert np.any(made[1]) == (missing == "init")
+    fill = "zeros" if missing == "warn" else "its initial value"
+    assert report == [f"missing, filled with {fill}: layers/block_0/mlp/up/kernel [3, 16, 24] float32"]
+
+
+def test_shapes_are_an_error_under_every_policy():
+    def change(leaves):
+        leaves["final_norm/scale"] = np.zeros(17, np.float32)
+
+    for missing in ("error", "warn", "init"):
+        with pytest.raises(UserError, match=r"final_norm/scale: expected \[16\], found \[17\] -> embed_dim"):
+            read(contents(change), missing=missing, unexpected="warn")
+
+
+def test_a_type_is_cast_only_when_asked_for():
+    half = ModelDefinition(MODELS["llama"], Execution(), None, "bfloat16")
+    with pytest.raises(UserError, match="is stored as float32, most weights as bfloat16: say which with dtype="):
+        read(contents(), half, cast=False)
+    leaves, report = read(contents(), half, cast=True)
+    assert {x.dtype for x in leaves.values()} == {jnp.dtype("bfloat16")} and report == ["cast from float32 to bfloat16"]
+    assert read(contents(dtype="bfloat16"), cast=False)[1] == ["cast from bfloat16 to float32"]  # loses nothing
+
+
+def test_layouts_of_teacher_and_student_may_differ():
+    """Two checkpoints of different layouts in one process, and one read in a layout that it is not stored in."""
+    for stored in (True, False):
+        for wanted in (True, False):
+            definition = definition_of("llama", wanted)
+            leaves, _ = read(contents(scan=stored), definition)
+            for path, leaf in definition.flat(weights(definition)).items():
+                np.testing.assert_array_equal(leaves[path], leaf)
+
+
+# ---------------------------------------------------------------- the state of a run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, save_run(folder, DEFINITION)
+
+
+def abstract(state):
+    return jax.eval_shape(lambda: state)
+
+
+def other_state():
+    """The state of a model with biases, trained with another optimizer."""
+    wider = ModelDefinition(tiny(num_layers=3, attention_bias=True), Execution())
+    return state_of(wider, "adam_pax")
+
+
+def restore(folder, target, **policies):
+    with CheckpointStore(folder / "checkpoints", read_only=True) as store:
+        return store.restore(None, abstract(target), **policies)
+
+
+def test_a_missing_statistic_is_an_error_unless_a_policy_says_otherwise(run):
+    folder, state = run
+    target = other_state()
+    with pytest.raises(UserError) as caught:
+        restore(folder, target)
+    for words in (
+        "params/layers/block_0/attention/query/bias: expected float32[3, 4, 4], found nothing",
+        "opt_state/mu/embed/table: expected float32[48, 16], found nothing -> optimizer",
+        "opt_state/0/nu/embed/table: expected nothing, found float32[48, 16] -> optimizer",
+    ):
+        assert words in str(caught.value), words
+    with pytest.raises(UserError, match="opt_state/0/nu/embed/table: expected nothing"):
+        restore(folder, target, missing="warn")
+    found = restore(folder, target, missing="warn", unexpected="warn")
+    assert not np.any(found.state.opt_state.mu["embed"]["table"]) and int(found.state.step) == 7
+    np.testing.assert_array_equal(found.state.params["embed"]["table"], state.params["embed"]["table"])
+    assert "missing, filled with zeros: opt_state/count" in found.notes
+    assert "not used: opt_state/2/count" in found.notes
+    begun = restore(folder, target, missing="init", unexpected="warn", initial=lambda: target)
+    np.testing.assert_array_equal(begun.state.opt_state.nu["embed"]["table"], target.opt_state.nu["embed"]["table"])
+    assert "missing, filled with its initial value: opt_state/count" in begun.notes
+
+
+def test_a_shape_is_an_error_under_every_policy(run):
+    target = state_of(ModelDefinition(tiny(num_layers=3, mlp_dim=20), Execution()))
+    for missing in ("error", "warn", "init"):
+        with pytest.raises(UserError, match=r"mlp/up/kernel: expected float32\[3, 16, 20\], found .* -> mlp_dim"):
+            restore(run[0], target, missing=missing, unexpected="warn", initial=lambda: target)
+
+
+def test_an_absent_key_is_made_from_seed_0_whatever_the_policy(run, tmp_path):
+    folder, state = run
+    keys = {"rng": state.rng, "rngs": {"key": jax.random.split(jax.random.key(9), 3), "count": jnp.uint32(4)}}
+    target = state.__class__(state.step, state.params, {}, state.opt_state, keys)
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        partial = state.__class__(state.step, state.params, {}, state.opt_state, {"rng": state.rng})
+        store.save(7, partial, record_of(DEFINITION), POSITION)
+    found = restore(tmp_path, target)
+    again = restore(tmp_path, target)
+    made, remade = (x.state.rng["rngs"]["key"] for x in (found, again))
+    assert made.shape == (3,) and made.dtype == keys["rngs"]["key"].dtype
+    np.testing.assert_array_equal(jax.random.key_data(made), jax.random.key_data(remade))
+    assert len(np.unique(np.asarray(jax.random.key_data(made)), axis=0)) == 3
+    assert int(found.state.rng["rngs"]["count"]) == 0
+    assert jax.random.bits(found.state.rng["rng"]) == jax.random.bits(state.rng)
+    assert found.notes == (
+        "missing, filled with seed 0: rng/rngs/count",
+        "missing, filled with seed 0: rng/rngs/key",
+    )
+
+
+def test_what_is_made_up_lies_where_the_target_says(run):
+    mesh = meshes.make_mesh("")
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.replicated(mesh)), abstract(other_state())
+    )
+    with CheckpointStore(run[0] / "checkpoints", read_only=True) as store:
+        found = store.restore(None, target, missing="warn", unexpected="warn")
+    for leaf in jax.tree.leaves(found.state):
+        assert leaf.sharding.is_equivalent_to(meshes.replicated(mesh), leaf.ndim)
+
+
+def test_weights_alone_are_no_run_to_continue(run, tmp_path):
+    convert(run[0], tmp_path / "weights", to="maxkit", params_only=True)
+    with pytest.raises(UserError, match="holds weights alone.*load_parameters_path=") as caught:
+        restore(tmp_path / "weights", run[1])
+    assert "\n" not in str(caught.value)
+    found = restore(tmp_path / "weights", run[1], missing="init", initial=lambda: run[1])
+    assert digest.digest_tree(found.state.params) == digest.digest_tree(run[1].params)
