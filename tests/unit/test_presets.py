@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Presets: the published number of parameters, and where their names can be given."""
 
+import importlib.util
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from maxkit.formats.presets import NOT_SUPPORTED, PRESETS, preset_config, preset
 from maxkit.models.definition import ModelDefinition
 from maxkit.plan import abstract
 
+ROOT = Path(__file__).parents[2]
 UNITS = {"M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -46,6 +49,16 @@ def test_a_hub_id_is_of_one_preset_or_has_a_reason():
     assert len(ids) == len(set(ids)) and not set(ids) & NOT_SUPPORTED.keys()
     with pytest.raises(UserError, match="did you mean 'llama3.1-8b'"):
         preset_config("lama3.1-8b")
+
+
+def test_the_page_of_families_is_current():
+    page = (ROOT / "docs/families.md").read_text()
+    spec = importlib.util.spec_from_file_location("coverage_tables", ROOT / "benchmarks/coverage.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    again = "python benchmarks/coverage.py writes it anew"
+    assert tables.family_table() in page, again
+    assert tables.preset_table() in page, again
 
 
 def test_a_preset_is_pretrained_from_scratch():

@@ -25,7 +25,7 @@ ARCHITECTURES: dict[str, str] = {
     **{family.architecture: family.name for family in FAMILIES.values()},
     **{architecture: family.name for architecture, family in _WRAPPERS.items()},
 }
-_MODEL_TYPES: dict[str, str] = {
+MODEL_TYPES: dict[str, str] = {
     **{family.model_type or family.name: family.name for family in FAMILIES.values()},
     **{name: family.name for family in FAMILIES.values() for name in family.other_model_types},
     **{family.wrapper[1]: family.name for family in FAMILIES.values() if family.wrapper},
@@ -81,7 +81,7 @@ def find_family(raw: dict[str, Any], where: str) -> Family:
     if named:
         architecture, known = (named[0] if isinstance(named, list) else named), ARCHITECTURES
     else:
-        architecture, known = raw.get("model_type"), _MODEL_TYPES
+        architecture, known = raw.get("model_type"), MODEL_TYPES
     found = known.get(architecture) if isinstance(architecture, str) else None
     if found is None:
         name = str(architecture)[:80]
