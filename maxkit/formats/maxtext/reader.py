@@ -27,6 +27,7 @@ from maxkit.formats.maxtext.rows import ROWS
 from maxkit.formats.orbax_arrays import METADATA, STEP_METADATA, OrbaxArrays
 from maxkit.formats.tables import letter_sizes
 from maxkit.models.config import BlockSpec, ModelConfig
+from maxkit.models.lora import LoraConfig
 
 ITEMS = ("items", "state", "model_params", "default")  # what holds the weights, in the order of preference
 
@@ -76,6 +77,7 @@ class MaxTextContents:
         self.facts: dict[str, str] = dict(_facts_of_weights(self.description))
         self.layout, scheme = self._find_scheme()
         self._places = make_places(self.description.block, self.config, scheme, self._sorted.trees[WEIGHTS])
+        self.lora = self._find_adapters()
         self.scan_axis = self._find_axis()
         self._check_shapes()
         self.scan_layers = self._find_scan_layers()
@@ -216,6 +218,29 @@ class MaxTextContents:
             )
         return best, schemes[best]
 
+    def _find_adapters(self) -> LoraConfig | None:
+        """Places for the adapters that are stored, and what they are: rank by their shapes, alpha by the metadata."""
+        found, tree = adapter_places(self._places, self._weight_shapes()), self._sorted.trees[WEIGHTS]
+        if not found:
+            return None
+        self._places |= found
+        ranks = {place.rearrangement.sizes["R"] for place in found.values()}
+        if len(ranks) > 1:
+            raise UserError(f"{self.path}: adapters of several ranks ({sorted(ranks)}) are not read")
+        noted = [source.get("lora") for source in (self.metadata, self.description.settings)]
+        alpha = next(
+            (float(lora["lora_alpha"]) for lora in noted if isinstance(lora, dict) and lora.get("lora_alpha")), 0
+        )
+        if not alpha:
+            raise UserError(
+                f"{self.path}: adapters of rank {max(ranks)}, but nothing says their lora_alpha, by which they are scaled: "
+                "give config= the log of the settings of the run that made them"
+            )
+        targets = tuple(dict.fromkeys(path.split("/")[-2] for path, _ in found))
+        if not any(place.tree in tree for address, place in self._places.items() if address not in found):
+            self.facts["adapters"] = "only adapters: the weights they belong to are elsewhere"
+        return LoraConfig(rank=max(ranks), alpha=alpha, targets=targets)
+
     def _find_axis(self) -> int:
         """The layer axis that all stacks agree with: the one described, or else MaxText's default, before others."""
         described = int(self.description.settings["param_scan_axis"])
@@ -284,6 +309,27 @@ def make_places(
                 found[row.path, layer] = Place(tree, parse_axes(row.axes, sizes), slot.row, slot.repeats)
     order = {path: number for number, path in enumerate(dict.fromkeys(path for path, _ in found))}
     return dict(sorted(found.items(), key=lambda item: (order[item[0][0]], item[0][1] or 0)))
+
+
+def adapter_places(places: dict[Address, Place], shapes: dict[str, tuple[int, ...]]) -> dict[Address, Place]:
+    """Where low-rank adapters lie: `kernel_lora_a` beside a kernel (training), or `lora_a.kernel` (serving).
+
+    The first has what the kernel contracts and the rank, the second the rank and what it produces.
+    """
+    found: dict[Address, Place] = {}
+    for (path, layer), place in places.items():
+        if not path.endswith("/kernel") or layer is None or not place.rearrangement.is_whole:
+            continue
+        letters, sizes = "".join(map(str, place.rearrangement.canonical)), place.rearrangement.sizes
+        produced = 1 if path.split("/")[-2] in ("out", "down") else len(letters) - 1 - letters.startswith("E")
+        axes = {"lora_a": letters[:-produced] + "R", "lora_b": "R" + letters[-produced:]}
+        stem = place.tree.removesuffix("kernel")
+        for spelled in (f"{place.tree}_{{}}", f"{stem}{{}}.kernel"):
+            first = shapes.get(spelled.format("lora_a"))
+            for name in axes if first else ():
+                place_of = Place(spelled.format(name), parse_axes(axes[name], sizes | {"R": first[-1]}), *place[2:])
+                found[f"{path.removesuffix('kernel')}{name}", layer] = place_of
+    return found
 
 
 def sort_optimizer(found: Sorted, arrays: OrbaxArrays) -> None:
