@@ -228,12 +228,11 @@ class MaxTextContents:
         if len(ranks) > 1:
             raise UserError(f"{self.path}: adapters of several ranks ({sorted(ranks)}) are not read")
         noted = [source.get("lora") for source in (self.metadata, self.description.settings)]
-        alpha = next(
-            (float(lora["lora_alpha"]) for lora in noted if isinstance(lora, dict) and lora.get("lora_alpha")), 0
-        )
+        alphas = [lora.get("lora_alpha") for lora in noted if isinstance(lora, dict)]
+        alpha = float(next((value for value in alphas if value), 0))
         if not alpha:
             raise UserError(
-                f"{self.path}: adapters of rank {max(ranks)}, but nothing says their lora_alpha, by which they are scaled: "
+                f"{self.path}: adapters of rank {max(ranks)}, but nothing says their lora_alpha: "
                 "give config= the log of the settings of the run that made them"
             )
         targets = tuple(dict.fromkeys(path.split("/")[-2] for path, _ in found))
