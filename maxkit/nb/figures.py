@@ -100,7 +100,7 @@ def loss_figure(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, fontsize=9.5)
-        return _finish(canvas, _loss_alt(title, curves, lines or {}, band), save_as)
+        return finish(canvas, _loss_alt(title, curves, lines or {}, band), save_as)
 
 
 def bars_figure(
@@ -132,7 +132,7 @@ def bars_figure(
         axes.legend(frameon=False, fontsize=9.5)
         parts = (f"{group}: {', '.join(f'{n} {show(round(float(v), 3))}' for n, v in bars.items())}"
                  for group, bars in groups.items())  # fmt: skip
-        return _finish(canvas, f"Bar chart, {title}. " + "; ".join(parts) + ".", save_as)
+        return finish(canvas, f"Bar chart, {title}. " + "; ".join(parts) + ".", save_as)
 
 
 def save(figure: Figure, path: str | Path) -> Figure:
@@ -163,7 +163,8 @@ def _card(title: str, xlabel: str, ylabel: str) -> tuple[Canvas, Axes]:
     return canvas, axes
 
 
-def _finish(canvas: Canvas, alt: str, save_as: str | Path | None) -> Figure:
+def finish(canvas: Canvas, alt: str, save_as: str | Path | None = None) -> Figure:
+    """A finished figure of what was drawn on `canvas`."""
     svg, png = io.StringIO(), io.BytesIO()
     canvas.savefig(svg, format="svg", metadata={"Date": None, "Title": alt})
     canvas.savefig(png, format="png", dpi=160)
