@@ -93,6 +93,8 @@ def _refuse(settings: Settings, block: str) -> None:
         "attn_logits_soft_cap": not settings["attn_logits_soft_cap"] or block in ("gemma2", "gemma3"),
         "attention_type": settings["attention_type"] == ("mla" if block == "deepseek" else "global"),
         "sliding_window_size": bool(settings["sliding_window_size"]) or block not in (*CYCLES, "gemma2"),
+        "attention_bias": not settings["attention_bias"]
+        or block in ("qwen2", "qwen3", "qwen3_moe", "gpt_oss", "olmo3"),
         "attention_sink": bool(settings["attention_sink"]) == (block == "gpt_oss"),
         "mlp_activations_limit": settings["mlp_activations_limit"] <= 0 or block == "gpt_oss",
         "num_experts": settings["num_experts"] > 1 or block not in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek"),
@@ -268,15 +270,26 @@ def _moe(settings: Settings, block: str) -> dict[str, Any]:
     return fields
 
 
+def block_of(config: ModelConfig) -> str:
+    """The decoder block for a family: its own, or llama2 for any other dense one, which may turn out to be the same.
+
+    Raises:
+        UserError: a family with experts, latents or states that no block has.
+    """
+    if config.family in BLOCKS:
+        return BLOCKS[config.family]
+    if config.moe or config.mla or config.gated_delta:
+        raise UserError(f"family {config.family!r} has no MaxText form: {nearest(config.family, BLOCKS)}")
+    return "llama2"
+
+
 def settings_of(config: ModelConfig) -> Settings:
     """The settings with which MaxText computes what `config` says, as far as it can: `model_config` is the judge.
 
     Raises:
-        UserError: no decoder block computes the family.
+        UserError: as `block_of`.
     """
-    if config.family not in BLOCKS:
-        raise UserError(f"family {config.family!r} has no MaxText form: {nearest(config.family, BLOCKS)}")
-    block = BLOCKS[config.family]
+    block = block_of(config)
     sizes = {
         "emb_dim": config.embed_dim,
         "mlp_dim": config.mlp_dim,
@@ -378,7 +391,7 @@ def _settings_of_experts(config: ModelConfig) -> Settings:
         "base_moe_mlp_dim": moe.mlp_dim,
         "routed_bias": moe.correction_bias or moe.router_bias,
     }
-    block = BLOCKS[config.family]
+    block = block_of(config)
     if block in ("mixtral", "gpt_oss"):
         return found | {"base_mlp_dim": moe.mlp_dim}
     if block != "deepseek":

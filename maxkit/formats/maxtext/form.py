@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from maxkit.errors import UserError, nearest
 from maxkit.formats import presets
 from maxkit.formats.hf_config.reader import read_config
-from maxkit.formats.maxtext.facts import BLOCKS, UNSCALED, Settings, decoder_block, model_config, settings_of
+from maxkit.formats.maxtext.facts import UNSCALED, Settings, block_of, decoder_block, model_config, settings_of
 from maxkit.formats.maxtext.settings import DEFAULTS, read_settings
 from maxkit.models.config import ModelConfig, RopeScaling
 
@@ -83,11 +85,14 @@ def maxtext_form(config: ModelConfig) -> tuple[ModelConfig, Settings]:
     Raises:
         UserError: MaxText computes no such model; names the fields.
     """
-    if config.family not in BLOCKS:
-        raise UserError(f"family {config.family!r} has no MaxText form: {nearest(config.family, BLOCKS)}")
+    block = block_of(config)
+    if block == "gemma2" and config.num_layers % 2:
+        raise UserError(f"num_layers={config.num_layers}: MaxText's decoder_block=gemma2 has its layers in pairs")
     changes: dict[str, Any] = {"norm_scale_offset": 0.0, "embedding_scale": None}
-    if BLOCKS[config.family] in UNSCALED:
+    if block in UNSCALED:
         changes["attention_scale"] = 1.0
+    elif block != "deepseek" and not _is_said(config, block):
+        changes["attention_scale"] = None  # the quotient goes into the weights
     if config.tie_embeddings:
         changes["logit_scale"] = config.logit_scale / (config.embedding_scale or 1.0)
     kind = config.rope_scaling.kind if config.rope_scaling else None
@@ -96,9 +101,8 @@ def maxtext_form(config: ModelConfig) -> tuple[ModelConfig, Settings]:
     wanted = config.model_copy(update=changes)
     settings = DEFAULTS | settings_of(wanted)
     made = model_config(settings)
-    problems = [
-        f"{name}={getattr(wanted, name)!r}" for name in ModelConfig.model_fields if not _agree(wanted, made, name)
-    ]
+    names = [name for name in ModelConfig.model_fields if not _agree(wanted, made, name)]
+    problems = [f"{name}={_shown(getattr(wanted, name))}" for name in names]
     problems += _differing_blocks(wanted, made)
     if problems:
         raise UserError(
@@ -106,6 +110,21 @@ def maxtext_form(config: ModelConfig) -> tuple[ModelConfig, Settings]:
             f"{', '.join(problems)}"
         )
     return made.model_copy(update={"family": config.family, "max_seq_len": config.max_seq_len}), settings
+
+
+def _is_said(config: ModelConfig, block: str) -> bool:
+    """Whether MaxText's block has the factor on query . key that the config has."""
+    said = [config.head_dim**-0.5]
+    if block == "gemma3":
+        said.append((config.embed_dim // config.num_heads) ** -0.5)
+    return config.attention_scale is None or any(math.isclose(config.attention_scale, scale) for scale in said)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; of a config, what is not its default."""
+    if isinstance(value, BaseModel):
+        return f"({', '.join(f'{name}={part!r}' for name, part in value.model_dump(exclude_defaults=True).items())})"
+    return repr(value)
 
 
 def _differing_blocks(wanted: ModelConfig, made: ModelConfig) -> list[str]:

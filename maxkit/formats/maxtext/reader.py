@@ -71,7 +71,7 @@ class MaxTextContents:
         if config is None:
             raise UserError(unknown.refusal(path, self._sorted, self._weight_shapes()))
         self.description: Description = describe(config)
-        self.config = self.description.config
+        self.config = self._with_stored_bias(self.description.config)
         self.format, self.optimizer = self._sorted.format, self._sorted.optimizer
         self.slots = (WEIGHTS, *(slot for slot in self._sorted.trees if slot != WEIGHTS))
         self.facts: dict[str, str] = dict(_facts_of_weights(self.description))
@@ -196,6 +196,13 @@ class MaxTextContents:
 
     def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._arrays.leaves[key].shape for name, key in self._sorted.trees[WEIGHTS].items()}
+
+    def _with_stored_bias(self, config: ModelConfig) -> ModelConfig:
+        """MaxText's `attention_bias` does not say whether the output projection has one as well: the tensors do."""
+        stored = any(path.endswith("/out/bias") for path in self._sorted.trees[WEIGHTS])
+        if not self.description.stated or not config.attention_bias or stored == config.attention_out_bias:
+            return config
+        return config.model_copy(update={"attention_out_bias": stored})
 
     def _find_scheme(self) -> tuple[str, containers.Scheme]:
         """The arrangement of which most containers are there."""
