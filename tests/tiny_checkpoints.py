@@ -28,6 +28,7 @@ MODELS = {
         moe=MoeConfig(num_experts=4, experts_per_token=2, mlp_dim=8, shared_mlp_dim=8, correction_bias=True),
     ),
     "one layer": tiny(num_layers=1),
+    "text": tiny(vocab_size=258),
 }
 LORA = LoraConfig(rank=2, alpha=6.0, targets=("query", "out", "down"))
 POSITION = {"position": 11}
@@ -63,13 +64,13 @@ def state_of(definition: ModelDefinition, optimizer: str = "adamw", step: int = 
     return TrainState(jnp.int32(step), params, base, opt_state, key)
 
 
-def record_of(definition: ModelDefinition, optimizer: str = "adamw") -> RunRecord:
+def record_of(definition: ModelDefinition, optimizer: str = "adamw", tokenizer: dict | None = None) -> RunRecord:
     model = definition.config.model_dump(mode="json")
     if definition.lora is not None:
         model["lora"] = definition.lora.model_dump(mode="json")
     return RunRecord(
         scan_layers=definition.execution.scan_layers,
-        config={"optimizer": optimizer, "scan_layers": definition.execution.scan_layers, "learning_rate": 0.1},
+        config={"optimizer": optimizer, "scan_layers": definition.execution.scan_layers},
         explicit={"scan_layers": "papermill"},
         model=model,
         groups=tuple(
@@ -78,12 +79,15 @@ def record_of(definition: ModelDefinition, optimizer: str = "adamw") -> RunRecor
         ),
         optimizer=optimizer,
         data="rows",
+        tokenizer=tokenizer or {},
     )
 
 
-def save_run(folder, definition: ModelDefinition, optimizer: str = "adamw", step: int = 7) -> TrainState:
+def save_run(
+    folder, definition: ModelDefinition, optimizer: str = "adamw", step: int = 7, tokenizer: dict | None = None
+) -> TrainState:
     """Write `<folder>/checkpoints/<step>` as a run does; what was written."""
     state = state_of(definition, optimizer, step)
     with CheckpointStore(folder / "checkpoints") as store:
-        store.save(step, state, record_of(definition, optimizer), POSITION, {"loss": 1.5})
+        store.save(step, state, record_of(definition, optimizer, tokenizer), POSITION, {"loss": 1.5})
     return state

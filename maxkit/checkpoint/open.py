@@ -5,6 +5,7 @@ Every way into a checkpoint goes through here: `load`, runs that start from weig
 `compare`. Next to read: `contents.py`, `formats/contents.py`.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def resolve_scan_layers(stored: bool | None, explicit: bool | None, origin: str,
         raise UserError(
             f"scan_layers={explicit} was given ({origin}) but the checkpoint {where} stores scan_layers={stored}: "
             f"leave scan_layers out to load it as it is, or convert the checkpoint: "
-            f"maxkit convert {where} CONVERTED --to maxkit --scan-layers {str(explicit).lower()}"
+            f"maxkit convert {shlex.quote(str(where))} CONVERTED --to maxkit --scan-layers {str(explicit).lower()}"
         )
     return stored, f"scan_layers={stored} (loaded from the checkpoint)"
 
