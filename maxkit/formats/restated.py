@@ -25,8 +25,9 @@ import numpy as np
 
 from maxkit.errors import UserError
 from maxkit.formats.contents import WEIGHTS
-from maxkit.models.config import ModelConfig
+from maxkit.models.config import BlockSpec, ModelConfig, RopeScaling
 
+_BY_BLOCK = ("family", "max_seq_len", "leading_blocks", "pattern")  # compared block by block, or without effect
 FIELDS = ("attention_scale", "norm_scale_offset", "embedding_scale", "logit_scale", "rope_interleaved")
 
 
@@ -93,7 +94,7 @@ def rewrites(source: ModelConfig, target: ModelConfig, paths: Iterable[str]) -> 
             found[path] = Rewrite((*old.names, name), old.scale * scale, old.shift * scale + shift, order or old.order)
 
     quotient = _attention_scale(source) / _attention_scale(target)
-    scaled = () if math.isclose(quotient, 1.0, rel_tol=1e-9) else _query_factors(source)
+    scaled = () if math.isclose(quotient, 1.0, rel_tol=1e-6) else _query_factors(source)
     for path in sorted(paths):
         # scale' + offset' = quotient (scale + offset)
         shift = source.norm_scale_offset - target.norm_scale_offset / (quotient if path in scaled else 1.0)
@@ -102,7 +103,7 @@ def rewrites(source: ModelConfig, target: ModelConfig, paths: Iterable[str]) -> 
     for path in scaled:
         add(path, "query scale", scale=quotient)
     embedding = (source.embedding_scale or 1.0) / (target.embedding_scale or 1.0)
-    if not math.isclose(embedding, 1.0, rel_tol=1e-9):
+    if not math.isclose(embedding, 1.0, rel_tol=1e-6):
         add("embed/table", "embedding scale", scale=embedding)
     if source.rope_interleaved != target.rope_interleaved:
         for path in _turned(source):
@@ -116,13 +117,13 @@ def _attention_scale(config: ModelConfig) -> float:
 
 def _check(source: ModelConfig, target: ModelConfig) -> None:
     """Refuse differences that are no matter of stating."""
-    problems = []
-    for name in ModelConfig.model_fields:
-        if name in (*FIELDS, "family", "max_seq_len", "leading_blocks", "pattern"):
-            continue
-        if getattr(source, name) != getattr(target, name):
-            problems.append(f"{name}: {getattr(source, name)!r}, and {getattr(target, name)!r}")
-    if source.blocks != target.blocks:
+    others = [name for name in ModelConfig.model_fields if name not in (*FIELDS, *_BY_BLOCK)]
+    problems = [
+        f"{name}: {getattr(source, name)!r}, and {getattr(target, name)!r}"
+        for name in others
+        if not same_meaning(source, target, name)
+    ]
+    if _effective_blocks(source) != _effective_blocks(target):
         problems.append("the kinds of their layers")
     ends = (source.embedding_scale or 1.0) / (target.embedding_scale or 1.0)
     wanted = source.logit_scale / ends if source.tie_embeddings else source.logit_scale
@@ -130,6 +131,53 @@ def _check(source: ModelConfig, target: ModelConfig) -> None:
         problems.append(f"logit_scale: {wanted} is needed, {target.logit_scale} is given")
     if problems:
         raise UserError(f"two models that compute different functions: they differ in {'; '.join(problems)}")
+
+
+def _effective_blocks(config: ModelConfig) -> list[BlockSpec]:
+    """The blocks, without what has no effect in them."""
+    if config.rope_scaling is not None:
+        return list(config.blocks)
+    return [block.model_copy(update={"rope_scaled": True}) for block in config.blocks]
+
+
+def same_meaning(one: ModelConfig, other: ModelConfig, name: str) -> bool:
+    """Whether a field has the same effect in both, however it is written."""
+    ours, theirs = getattr(one, name), getattr(other, name)
+    if ours == theirs:
+        return True
+    if name == "attention_scale":
+        return math.isclose(_attention_scale(one), _attention_scale(other), rel_tol=1e-6)
+    if name == "rope_scaling" and ours is not None and theirs is not None:
+        return _same_scaling(one, other)
+    if name == "moe" and ours is not None and theirs is not None:
+        # The score of a group matters only where there are groups.
+        without = {"group_score"} if ours.num_groups == theirs.num_groups == 1 else set()
+        return ours.model_dump(exclude=without) == theirs.model_dump(exclude=without)
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-6)
+    return False
+
+
+def _same_scaling(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two length scalings turn alike, whatever they are written with."""
+    assert one.rope_scaling and other.rope_scaling
+    ours, theirs = one.rope_scaling, other.rope_scaling
+    plain = {"attention_factor", "mscale", "mscale_all_dim", "original_max_seq_len"}
+    if ours.model_dump(exclude=plain) != theirs.model_dump(exclude=plain):
+        return False
+    if ours.kind == "linear":
+        return True
+    lengths = [c.rope_scaling.original_max_seq_len or one.max_seq_len for c in (one, other) if c.rope_scaling]
+    return lengths[0] == lengths[1] and math.isclose(_magnitude(ours), _magnitude(theirs), rel_tol=1e-6)
+
+
+def _magnitude(scaling: RopeScaling) -> float:
+    """YaRN's factor on cos and sin, as in `models/rope.py`."""
+    if scaling.attention_factor is not None or scaling.kind != "yarn":
+        return scaling.attention_factor or 1.0
+    weights = (scaling.mscale, scaling.mscale_all_dim) if scaling.mscale and scaling.mscale_all_dim else (1.0, 0.0)
+    above, below = (0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0 for weight in weights)
+    return above / below
 
 
 def _query_factors(config: ModelConfig) -> tuple[str, ...]:

@@ -17,7 +17,10 @@ from maxkit.formats import presets
 from maxkit.formats.hf_config.reader import read_config
 from maxkit.formats.maxtext.facts import UNSCALED, Settings, block_of, decoder_block, model_config, settings_of
 from maxkit.formats.maxtext.settings import DEFAULTS, read_settings
-from maxkit.models.config import ModelConfig, RopeScaling
+from maxkit.formats.restated import same_meaning
+from maxkit.models.config import ModelConfig
+
+_BY_BLOCK = ("family", "leading_blocks", "pattern", "max_seq_len")  # compared block by block, or not said by MaxText
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def maxtext_form(config: ModelConfig) -> tuple[ModelConfig, Settings]:
     wanted = config.model_copy(update=changes)
     settings = DEFAULTS | settings_of(wanted)
     made = model_config(settings)
-    names = [name for name in ModelConfig.model_fields if not _agree(wanted, made, name)]
+    compared = [name for name in ModelConfig.model_fields if name not in _BY_BLOCK]
+    names = [name for name in compared if not same_meaning(wanted, made, name)]
     problems = [f"{name}={_shown(getattr(wanted, name))}" for name in names]
     problems += _differing_blocks(wanted, made)
     if problems:
@@ -109,7 +113,7 @@ def maxtext_form(config: ModelConfig) -> tuple[ModelConfig, Settings]:
             f"MaxText's decoder_block={settings['decoder_block']} cannot compute a {config.family} model with "
             f"{', '.join(problems)}"
         )
-    return made.model_copy(update={"family": config.family, "max_seq_len": config.max_seq_len}), settings
+    return wanted, settings
 
 
 def _is_said(config: ModelConfig, block: str) -> bool:
@@ -136,49 +140,3 @@ def _differing_blocks(wanted: ModelConfig, made: ModelConfig) -> list[str]:
             if value != getattr(theirs, name) and not without_effect:
                 found.setdefault(name, f"{name}={value!r} in layer {layer}")
     return list(found.values())
-
-
-def _agree(wanted: ModelConfig, made: ModelConfig, name: str) -> bool:
-    """Whether a field means the same in both."""
-    ours, theirs = getattr(wanted, name), getattr(made, name)
-    if ours == theirs or name in ("family", "leading_blocks", "pattern", "max_seq_len"):
-        return True
-    if name == "attention_scale":
-        default = wanted.head_dim**-0.5
-        return math.isclose(ours or default, theirs or default, rel_tol=1e-6)
-    if name == "rope_scaling" and ours is not None and theirs is not None:
-        return _same_scaling(wanted, made)
-    if name == "moe" and ours is not None and theirs is not None:
-        return _same_choice(ours.model_dump(), theirs.model_dump())
-    if isinstance(ours, float) and isinstance(theirs, float):
-        return math.isclose(ours, theirs, rel_tol=1e-6)
-    return False
-
-
-def _same_scaling(wanted: ModelConfig, made: ModelConfig) -> bool:
-    """Whether two length scalings turn alike, whatever they are written with."""
-    assert wanted.rope_scaling and made.rope_scaling
-    ours, theirs = wanted.rope_scaling, made.rope_scaling
-    plain = {"attention_factor", "mscale", "mscale_all_dim", "original_max_seq_len"}
-    if ours.model_dump(exclude=plain) != theirs.model_dump(exclude=plain):
-        return False
-    if ours.kind == "linear":
-        return True
-    lengths = [c.rope_scaling.original_max_seq_len or wanted.max_seq_len for c in (wanted, made) if c.rope_scaling]
-    return lengths[0] == lengths[1] and math.isclose(_magnitude(ours), _magnitude(theirs), rel_tol=1e-6)
-
-
-def _magnitude(scaling: RopeScaling) -> float:
-    """YaRN's factor on cos and sin, as in `models/rope.py`."""
-    if scaling.attention_factor is not None or scaling.kind != "yarn":
-        return scaling.attention_factor or 1.0
-    weights = (scaling.mscale, scaling.mscale_all_dim) if scaling.mscale and scaling.mscale_all_dim else (1.0, 0.0)
-    above, below = (0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0 for weight in weights)
-    return above / below
-
-
-def _same_choice(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Whether two routers choose and weigh alike: the score of a group matters only where there are groups."""
-    if ours["num_groups"] == theirs["num_groups"] == 1:
-        ours["group_score"] = theirs["group_score"] = ""
-    return ours == theirs
