@@ -127,12 +127,13 @@ def main() -> None:
         "# Families and presets",
         "<!-- Written by benchmarks/coverage.py; do not edit. -->",
         f"One decoder computes every family; a family is a reading of config.json ({len(FAMILIES)} of them, "
-        "`formats/hf_config/`)\nand a table of tensor names (`formats/tables.py`). `maxkit inspect DIR` shows which one "
+        "`formats/hf_config/`)\n"
+        "and a table of tensor names (`formats/tables.py`). `maxkit inspect DIR` shows which one "
         "a folder is, and\n`maxkit inspect PRESET` what a published size is made of.",
         family_table(),
         "Every key of a family's config.json is in one of three lists beside its reader: it changes the maths, it has "
-        "no effect on the\nforward pass (with the reason), or it is refused unless at a given value. An unlisted key is "
-        "refused. The tests change every\nkey of the first list in transformers and in maxkit and compare.",
+        "no effect on the\nforward pass (with the reason), or it is refused unless at a given value. An unlisted key "
+        "is refused. The tests change every\nkey of the first list in transformers and in maxkit and compare.",
         "## Presets",
         "An architecture by name, without weights: `maxkit run pretrain -p model=smollm2-135m` trains it from scratch. "
         "The number\nof parameters is counted from the shapes; a test compares it with the published one.",

@@ -365,3 +365,20 @@ def label(effect: Effect) -> str:
 def tensors_checksum(shapes: dict[str, tuple[int, ...]]) -> str:
     """A number that tells two sets of names and shapes apart."""
     return f"{zlib.crc32(json.dumps(sorted((key, list(shape)) for key, shape in shapes.items())).encode()):08x}"
+
+
+def other_value(value: Any) -> Any:
+    """Something else of the same kind, for a key that should not matter."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, float):
+        return (value + 0.2) % 1  # dropout is below 1
+    if isinstance(value, int):
+        return value + 1
+    return {"cls_index": "mean", "silu": "relu"}.get(value, "tanh")
+
+
+def without_effect(family: str, default: dict[str, Any]) -> dict[str, Any]:
+    """Keys of the class that the family lists as without effect, each with a value that is not the default."""
+    raw = default | base(family)
+    return {key: other_value(raw[key]) for key in FAMILIES[family].no_effect if key in default}

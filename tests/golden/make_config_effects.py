@@ -26,10 +26,12 @@ from golden.config_effects import (
     KEPT_POSITIONS,
     KEPT_TOKENS,
     TOKENS,
+    base,
     both_files,
     effects,
     label,
     tensors_checksum,
+    without_effect,
 )
 from golden.families import CASES as MODELS
 from golden.families import weight
@@ -55,6 +57,18 @@ def compute(case: str, raw: dict) -> tuple[dict[str, tuple[int, ...]], np.ndarra
             return shapes, model.eval()(torch.tensor(TOKENS)).logits[0].numpy()
 
 
+def check_without_effect(family: str, case: str) -> list[str]:
+    """The family's own keys that are listed as without effect; an error if one has."""
+    raw = base(family)
+    default = transformers.AutoConfig.for_model(raw["model_type"]).to_dict()
+    shapes, logits = compute(case, raw)
+    for key, value in without_effect(family, default).items():
+        found_shapes, found = compute(case, raw | {key: value})
+        same = np.abs(found - logits).max() < 1e-5 * logits.std()  # one key changes the order of the same sums
+        assert found_shapes == shapes and same, (family, key, value)
+    return sorted(without_effect(family, default))
+
+
 def main() -> None:
     """Write the file."""
     torch.set_num_threads(1)
@@ -66,6 +80,7 @@ def main() -> None:
             made[family] = json.loads(EFFECTS_FILE.read_text())[family]
             continue
         made[family] = {}
+        made[family]["without effect"] = check_without_effect(family, case)
         known: dict[str, tuple] = {}
         for effect in effects(family):
             before, after = both_files(family, effect)

@@ -17,13 +17,16 @@ from golden.config_effects import (
     KEPT_TOKENS,
     NOTHING_TO_CHANGE,
     TOKENS,
+    base,
     both_files,
     effects,
     label,
     tensors_checksum,
+    without_effect,
 )
 from golden.families import weight
 from safetensors.numpy import save_file
+from transformers import AutoConfig
 
 from maxkit.checkpoint.load import load
 from maxkit.formats.hf_config.reader import FAMILIES, read_config_dict, rope_keys
@@ -59,7 +62,19 @@ def test_every_key_that_changes_the_maths_is_changed(family):
     known = FAMILIES[family].keys.keys() | rope_keys(FAMILIES[family]).keys()
     changed = {effect.key for effect in effects(family)}
     assert changed | NOTHING_TO_CHANGE[family].keys() == known
-    assert {label(effect) for effect in effects(family)} == STORED[family].keys()
+    assert {label(effect) for effect in effects(family)} == STORED[family].keys() - {"without effect"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_has_no_effect_was_changed_in_transformers_too(family):
+    """The maker of the fixture asserts equal logits; a key that only published files have is no key of the class."""
+    raw = base(family)
+    default = AutoConfig.for_model(raw["model_type"]).to_dict()
+    changed = without_effect(family, default)
+    assert changed.keys() <= set(STORED[family]["without effect"])
+    assert all(
+        read_config_dict(raw | {key: value}, "x") == read_config_dict(raw, "x") for key, value in changed.items()
+    )
 
 
 @pytest.mark.parametrize(("family", "effect"), ALL, ids=[f"{family}-{effect.key}" for family, effect in ALL])
