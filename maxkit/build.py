@@ -102,13 +102,12 @@ def architecture(cfg: RecipeConfig) -> tuple[ModelConfig, load.Source | load.Max
     """
     if isinstance(cfg, Pretrain) and presets.is_preset(cfg.model):
         return _from_preset(cfg)
-    named = load.open_source(cfg.model) if cfg.model else None
-    if named is not None:
-        load.check_config(named, cfg.config, cfg.model)
     if cfg.load_parameters_path:
-        source = load.open_source(cfg.load_parameters_path)
-        load.check_config(source, named.config if named else cfg.config, cfg.load_parameters_path)
+        # `config` describes the weights; where `model` is something else, that says what it is itself.
+        named = load.open_source(cfg.model) if cfg.model else None
+        source = load.open_weights(cfg.load_parameters_path, cfg.config, named)
         return source.config, source, cfg.load_parameters_path
+    named = load.open_source(cfg.model, cfg.config) if cfg.model else None
     if named is not None:
         return named.config, named, cfg.model
     if isinstance(cfg, Pretrain):
@@ -121,8 +120,7 @@ def _from_preset(cfg: Pretrain) -> tuple[ModelConfig, load.Source | load.MaxkitS
     load.check_same(config, cfg.config, f"preset {cfg.model}")
     if not cfg.load_parameters_path:
         return config, None, None
-    source = load.open_source(cfg.load_parameters_path)
-    load.check_config(source, config, cfg.load_parameters_path)
+    source = load.open_weights(cfg.load_parameters_path, None, config)
     return source.config, source, cfg.load_parameters_path
 
 

@@ -364,6 +364,20 @@ class Plain:
         return self.reader.read(path, layer)
 
 
+class WithTokenizer:
+    """`contents` of a format that keeps no tokenizer, with the one of the model that it belongs to."""
+
+    def __init__(self, contents: Any, named: Any):
+        self._contents, self._named = contents, named
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._contents, name)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The other's."""
+        return self._named.tokenizer()
+
+
 def tokenizer_files(contents: Any) -> dict[str, bytes]:
     """The files of the tokenizer of a checkpoint, {name: content}; {} without one."""
     if hasattr(contents, "tokenizer_files"):

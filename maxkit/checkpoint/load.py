@@ -21,6 +21,7 @@ from maxkit.checkpoint.open import (
     check_same,
     layout_evidence,
     open_contents,
+    open_weights,
     resolve_scan_layers,
 )
 from maxkit.checkpoint.parameters import Policy, read_params
@@ -40,6 +41,7 @@ __all__ = [
     "check_same",
     "load",
     "open_source",
+    "open_weights",
     "read_params",
     "resolve_scan_layers",
 ]

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from maxkit.checkpoint import inspect, sources
-from maxkit.checkpoint.contents import Plain, StoreContents
+from maxkit.checkpoint.contents import Plain, StoreContents, WithTokenizer
 from maxkit.errors import UserError, nearest
 from maxkit.formats import presets
 from maxkit.formats.contents import Contents
 from maxkit.formats.gguf import GGUFReader
 from maxkit.formats.huggingface import HuggingFaceReader, read_config
-from maxkit.formats.maxtext import MaxTextContents
+from maxkit.formats.maxtext import MaxTextContents, maxtext_form
+from maxkit.formats.restated import FIELDS
 from maxkit.models.config import ModelConfig
 
 Description = ModelConfig | str | Path | None  # how a source was made
@@ -49,6 +50,39 @@ def open_contents(path_or_model_name: str | Path, config: Description = None) ->
         opened = StoreContents(location.path)
     check_config(opened, config, path_or_model_name)
     return opened
+
+
+def open_weights(path: str | Path, config: Description, named: Contents | ModelConfig | None) -> Contents:
+    """Open the weights to start from, of the model that `config`, or `named` (another source, a preset), describes.
+
+    A checkpoint of MaxText, which records nothing, is read as MaxText would hold that model. A tokenizer that is not
+    there is taken from `named`.
+
+    Raises:
+        UserError: as `open_contents`, or the weights are of another model than `named`.
+    """
+    recorded = named if isinstance(named, ModelConfig) else named.config if named is not None else None
+    records = "://" not in str(path) and _records_architecture(sources.resolve(path))
+    if config is None and recorded is not None and not records:
+        config = maxtext_form(recorded)[0]
+    source: Any = open_contents(path, config)
+    if recorded is not None:
+        check_same_function(source.config, recorded, path)
+    if named is not None and not isinstance(named, ModelConfig) and source.tokenizer() is None:
+        return WithTokenizer(source, named)
+    return source
+
+
+def _records_architecture(path: Path) -> bool:
+    if path.is_file() or (path / "config.json").exists():
+        return True
+    return inspect.find(path).kind != "orbax"
+
+
+def check_same_function(ours: ModelConfig, theirs: ModelConfig, where: object) -> None:
+    """Refuse another model; the same one stated in another way (`formats/restated.py`) is welcome."""
+    changes = {name: getattr(theirs, name) for name in (*FIELDS, "family", "max_seq_len")}
+    check_same(ours.model_copy(update=changes), theirs, where)
 
 
 def check_config(source: Contents, given: Description, where: object) -> None:
