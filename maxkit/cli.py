@@ -150,6 +150,7 @@ def convert_checkpoint(arguments: argparse.Namespace) -> int:
         params_only=arguments.params_only,
         dtype=arguments.dtype,
         unexpected=arguments.unexpected,
+        param_scan_axis=arguments.param_scan_axis,
         dry_run=arguments.dry_run,
     )
     if arguments.dry_run:
@@ -244,6 +245,7 @@ def _add_convert(commands: Any) -> None:
     add.add_argument(
         "--unexpected", choices=("error", "warn"), default="error", help="tensors that the model does not use (error)"
     )
+    add.add_argument("--param-scan-axis", type=int, choices=(0, 1), help="where MaxText's formats stack layers (1)")
     add.add_argument("--dry-run", action="store_true", help="print each array: from, to, transform; write nothing")
     add.set_defaults(command=convert_checkpoint)
 

@@ -42,9 +42,14 @@ from maxkit.checkpoint.statement import for_huggingface
 from maxkit.errors import UserError, nearest
 from maxkit.formats.contents import WEIGHTS, Contents
 from maxkit.formats.huggingface import HuggingFaceReader, write_huggingface
+from maxkit.formats.maxtext import MaxTextContents, containers, maxtext_form
+from maxkit.formats.maxtext import facts as maxtext_facts
+from maxkit.formats.maxtext import writer as maxtext_writer
+from maxkit.formats.maxtext.reader import make_places
+from maxkit.formats.restated import Restated
 from maxkit.formats.tables import find_table
 
-TARGETS = ("maxkit", "hf")
+TARGETS = ("maxkit", "hf", *maxtext_writer.LAYOUTS)
 DTYPES = ("float32", "bfloat16", "float16")
 ADAPTERS = ("lora_a", "lora_b")
 PARTIAL, JOURNAL = ".partial", "progress.jsonl"
@@ -87,6 +92,7 @@ class Plan:
     params_only: bool
     leaves: tuple[Planned, ...]
     notes: tuple[str, ...]
+    param_scan_axis: int = 0  # where MaxText's formats stack layers
 
     @property
     def num_bytes(self) -> int:
@@ -129,6 +135,7 @@ def convert(
     params_only: bool = False,
     dtype: str | None = None,
     unexpected: str = "error",
+    param_scan_axis: int | None = None,
     dry_run: bool = False,
 ) -> Conversion:
     """Read `source` and write it to `destination` in another format or layout.
@@ -140,6 +147,7 @@ def convert(
         params_only: leave optimizer state, counters and random numbers out.
         dtype: of the weights, one of `DTYPES`; optimizer state keeps its own.
         unexpected: "warn" leaves tensors out that the model does not use; "error" refuses.
+        param_scan_axis: where a MaxText format stacks layers, 0 or 1; None keeps what a MaxText source has, else 1.
         dry_run: only make the plan.
 
     Raises:
@@ -149,7 +157,14 @@ def convert(
     """
     contents = open_contents(source, config)
     plan = make_plan(
-        contents, to, source, scan_layers=scan_layers, params_only=params_only, dtype=dtype, unexpected=unexpected
+        contents,
+        to,
+        source,
+        scan_layers=scan_layers,
+        params_only=params_only,
+        dtype=dtype,
+        unexpected=unexpected,
+        param_scan_axis=param_scan_axis,
     )
     refuse_existing(Path(destination))
     return Conversion(plan, None) if dry_run else write(contents, plan, destination)
@@ -168,6 +183,7 @@ def make_plan(
     params_only: bool = False,
     dtype: str | None = None,
     unexpected: str = "error",
+    param_scan_axis: int | None = None,
 ) -> Plan:
     """What is to be written where; arguments as `convert`. Reads no tensor.
 
@@ -185,6 +201,11 @@ def make_plan(
     if layout is None:
         layout = True if contents.scan_layers is None else contents.scan_layers
     slots = (WEIGHTS,) if params_only else contents.slots
+    if to in maxtext_writer.LAYOUTS:
+        axis = getattr(contents, "scan_axis", 1) if param_scan_axis is None else param_scan_axis
+        return _plan_maxtext(contents, to, where, layout, params_only, dtype, axis, notes)
+    if param_scan_axis is not None:
+        raise UserError(f"param_scan_axis={param_scan_axis}: layers are stacked on axis 0 but in MaxText's formats")
     leaves = _plan_store(contents, where, layout, slots, dtype)
     notes += _left_out(contents, params_only)
     step = int(contents.scalars["step"]) if "step" in contents.scalars else 0
@@ -332,9 +353,55 @@ def _plan_hf(
     return Plan(str(where), "hf", None, 0, dtype, True, tuple(leaves), tuple(notes))
 
 
+def _plan_maxtext(
+    contents: Contents,
+    to: str,
+    where: object,
+    scan_layers: bool,
+    params_only: bool,
+    dtype: str | None,
+    axis: int,
+    notes: list[str],
+) -> Plan:
+    merged = _merged(contents)
+    slots = (WEIGHTS,) if params_only else merged.slots
+    if axis not in (0, 1):
+        raise UserError(f"param_scan_axis={axis}: MaxText stacks layers on axis 0 or 1")
+    config, settings = maxtext_form(merged.config)
+    stated = Restated(merged, config)
+    block = maxtext_facts.decoder_block(settings)
+    scheme = containers.schemes(block, config)["scanned" if scan_layers else "unrolled"]
+    found: dict[tuple[str, str], list[tuple[Tensor, Any]]] = {}
+    for (path, layer), place in make_places(block, config, scheme).items():
+        for slot in slots:
+            if (path, layer) in set(merged.addresses(slot)):
+                found.setdefault((slot, place.tree), []).append((Tensor(slot, path, layer), place))
+    leaves = []
+    for (slot, tree), members in found.items():
+        first, place = members[0]
+        stored = merged.dtype(first.path, first.layer, slot)
+        wanted = _cast_to(stored, dtype if slot == WEIGHTS else None)
+        steps = [f"stack {place.repeats} layers"] if place.row is not None else []
+        steps += [*stated.rewritten.get(first.path, ()), *([f"cast {stored} to {wanted}"] if stored != wanted else [])]
+        name = f"params/params/{tree}" if slot == WEIGHTS else f"{slot}/{tree}"
+        tensors = tuple(tensor for tensor, _ in members)
+        shape = place.stored_shape(axis)
+        leaves.append(Planned(name, shape, wanted, tensors, False, ", ".join(steps) or "rearrange the axes"))
+    if contents.tokenizer() is not None:
+        notes = [*notes, "left out: the tokenizer, which MaxText keeps elsewhere"]
+    notes = notes + [f"rewritten: {names} in {path}" for path, names in _rewritten(stated).items()]
+    if params_only:
+        notes += _left_out(contents, True)
+    return Plan(str(where), to, scan_layers, 0, dtype, params_only, tuple(leaves), tuple(notes), axis)
+
+
+def _merged(contents: Contents) -> Any:
+    return Merged(contents) if getattr(contents, "lora", None) else contents
+
+
 def _for_hf(contents: Contents) -> Any:
     """Without adapters, and stated as a config.json can say it."""
-    return for_huggingface(Merged(contents) if getattr(contents, "lora", None) else contents)
+    return for_huggingface(_merged(contents))
 
 
 def _rewritten(contents: Any) -> dict[str, str]:
@@ -387,7 +454,7 @@ def write(contents: Contents, plan: Plan, destination: str | Path) -> Conversion
     except UserError as error:
         raise UserError(f"{destination} is being written by another process, or cannot be: {error}") from error
     try:
-        writer = {"maxkit": _write_store, "hf": _write_hf}[plan.to]
+        writer = {"maxkit": _write_store, "hf": _write_hf}.get(plan.to, _write_maxtext)
         verified, resumed = writer(contents, plan, partial)
         with arrays.failure_named(destination):
             for name in (JOURNAL, LOCK_FILE):
@@ -628,6 +695,52 @@ def _write_hf(contents: Contents, plan: Plan, partial: Path) -> tuple[int, int]:
             os.replace(path, partial / path.name)
         folder.rmdir()
     return len(digests), 0
+
+
+class _Recorder:
+    """`contents` that remembers the digest of every tensor as it will be written, {(slot, path, layer): digest}."""
+
+    def __init__(self, contents: Any, dtype: str | None):
+        self._contents, self._dtype = contents, dtype
+        self.digests: dict[Tensor, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._contents, name)
+
+    def read(self, path: str, layer: int | None = None, slot: str = WEIGHTS) -> np.ndarray:
+        """One tensor."""
+        value = self._contents.read(path, layer, slot)
+        wanted = _cast_to(value.dtype, self._dtype if slot == WEIGHTS else None)
+        self.digests[Tensor(slot, path, layer)] = digest_stream.digest(value.astype(wanted, copy=False))
+        return value
+
+
+def _write_maxtext(contents: Contents, plan: Plan, partial: Path) -> tuple[int, int]:
+    """A checkpoint that MaxText restores; (tensors compared after reading them back, 0)."""
+    _start_again(partial)
+    recorder = _Recorder(_merged(contents), plan.dtype)
+    done = maxtext_writer.write(
+        partial,
+        recorder,
+        layout=plan.to,  # type: ignore[arg-type]
+        scan_layers=bool(plan.scan_layers),
+        dtype=plan.dtype,
+        params_only=plan.params_only,
+        scan_axis=plan.param_scan_axis,
+    )
+    written = MaxTextContents(partial)
+    rewritten = _Recorder(Restated(_merged(contents), written.config), plan.dtype)
+    wrong = []
+    for tensor, digest in recorder.digests.items():
+        key = tensor.path, tensor.layer, tensor.slot
+        if tensor.path in done.rewritten:  # read once more, to be restated
+            rewritten.read(*key)
+            digest = rewritten.digests[tensor]
+        if digest_stream.digest(written.read(*key)) != digest:
+            wrong.append(f"{tensor.slot} of {tensor.path} (layer {tensor.layer})")
+    if wrong:
+        raise DamagedCheckpoint(f"{partial}: read back, these are not what was written: {', '.join(wrong[:10])}")
+    return len(recorder.digests), 0
 
 
 def compare_digests(

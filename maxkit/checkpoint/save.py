@@ -38,7 +38,7 @@ def save(
 
     Args:
         loaded_or_model: what `maxkit.load` gave (with its tokenizer), an NNX model, or (definition, params).
-        format: "maxkit", or "hf": a folder that transformers loads.
+        format: "maxkit"; "hf": a folder that transformers loads; "maxtext-linen" or "maxtext-nnx": what MaxText loads.
         scan_layers: the layout to write; None keeps the model's. A format without layouts takes no other.
         dtype: cast the weights to "float32", "bfloat16" or "float16".
         merge_lora: add adapters to the weights beside them; None does where the format has no adapters.
@@ -50,8 +50,10 @@ def save(
     contents = contents_of(loaded_or_model)
     if merge_lora and contents.lora is not None:
         contents = Merged(contents)
-    elif merge_lora is False and contents.lora is not None and format == "hf":
-        raise UserError("merge_lora=False: a Hugging Face folder has no adapters; format='maxkit' keeps them apart")
+    elif merge_lora is False and contents.lora is not None and format != "maxkit":
+        raise UserError(
+            f"merge_lora=False: a checkpoint of format {format!r} has no adapters; 'maxkit' keeps them apart"
+        )
     plan = make_plan(contents, format, "memory", scan_layers=scan_layers, origin="keyword", dtype=dtype)
     return write(contents, plan, path)
 
