@@ -56,8 +56,8 @@ def block_figure(configs: Mapping[str, ModelConfig], *, title: str, columns: int
             axes.axis("off")
         told = []
         for axes, (name, config) in zip(places, configs.items(), strict=False):
-            told.append(f"{name}: {_draw_block(axes, name, config)}")
-        return finish(canvas, f"Diagram, {title} " + "; ".join(told) + ".")
+            told.append(f"{name} {_draw_block(axes, name, config)}")
+        return finish(canvas, f"Diagram, {title}: " + "; ".join(told) + ".")
 
 
 def _draw_block(axes: Axes, name: str, config: ModelConfig) -> str:
@@ -75,7 +75,7 @@ def _draw_block(axes: Axes, name: str, config: ModelConfig) -> str:
     if config.parallel_branches == "no":
         for start, box in ((0.3, mixer), (6.2, mlp)):
             _branch(axes, before * norm + [box] + after * norm, (STREAM, 6.2), start, start + 5.3)
-        return _order("attention", before, after) + ", then " + _order("MLP", before, after)
+        return f"{config.norm_placement}-norm" if config.norm_placement != "both" else "norms on both sides"
     shared = config.parallel_branches == "one_norm"
     if shared:
         axes.plot([STREAM, 5.65, 5.65], [0.6, 0.6, 3.6], **LINE)
@@ -84,11 +84,7 @@ def _draw_block(axes: Axes, name: str, config: ModelConfig) -> str:
         _branch(
             axes, (not shared) * norm + [box], (5.65 if shared else STREAM, centre), 3.6 if shared else 0.6, 10.2, 4.1
         )
-    return "attention and MLP side by side" + (" after one norm" if shared else " with a norm each")
-
-
-def _order(what: str, before: bool, after: bool) -> str:
-    return before * "norm, " + what + after * ", norm"
+    return "attention and MLP side by side"
 
 
 def _branch(
@@ -169,11 +165,11 @@ def layer_map_figure(configs: Mapping[str, ModelConfig], *, title: str) -> Figur
                 _bracket(
                     axes, group.first_layer, group.num_layers, row + 0.7, f"{len(group.pattern)} × {group.repeats}"
                 )
-            told.append(f"{name}: " + ", then ".join(f"{len(g.pattern)} blocks {g.repeats} times" for g in groups))
+            told.append(f"{name} " + " + ".join(f"{len(g.pattern)}×{g.repeats}" for g in groups))
         handles = [Patch(color=colour, label=kind) for kind, colour in KINDS.items() if kind in seen]
         handles += [Patch(color=INK, label="experts"), Patch(**EMPTY, label="dense MLP")]
         canvas.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9.5)
-        return finish(canvas, f"Map of layers, {title} " + "; ".join(told) + ".")
+        return finish(canvas, f"Map of layers, {title}: " + "; ".join(told) + ".")
 
 
 def _bracket(axes: Axes, first: int, count: int, y: float, label: str) -> None:
@@ -204,9 +200,9 @@ def mask_figure(masks: Mapping[str, np.ndarray], *, title: str) -> Figure:
             for query, key in itertools.product(range(queries), range(keys)):
                 colour = BLUE if mask[query, key] else "#f1f3f4"
                 axes.add_patch(Rectangle((key + 0.06, query + 0.06), 0.88, 0.88, color=colour, lw=0))
-            told.append(f"{name} allows {int(mask.sum())} of {mask.size} pairs")
+            told.append(f"{name}: {int(mask.sum())} of {mask.size} pairs")
         places[0].set_ylabel("token")
-        return finish(canvas, f"Attention masks, {title} " + "; ".join(told) + ".")
+        return finish(canvas, f"Attention masks, {title}: " + "; ".join(told) + ".")
 
 
 # --- where the parameters are -----------------------------------------------------------------
@@ -232,13 +228,11 @@ def parameters_figure(configs: Mapping[str, ModelConfig], *, title: str) -> Figu
             axes.barh(row + 0.45, active / total, 0.12, color=GREY)
             words = f"{billions(total)}" + f"\n{billions(active)} active" * (active < total)
             axes.text(1.015, row + 0.24, words, va="center", fontsize=9.5, transform=axes.get_yaxis_transform())
-            told.append(
-                f"{name} {billions(total)}, {counts['experts'] / total:.0%} in experts, {billions(active)} active"
-            )
+            told.append(f"{name} {billions(active)} of {billions(total)}")
         handles = [Patch(color=colour, label=part) for part, colour in PART_COLOURS.items()]
         handles += [Patch(color=GREY, label="used by one token")]
         canvas.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
-        return finish(canvas, f"Stacked bars, {title} " + "; ".join(told) + ".")
+        return finish(canvas, f"Stacked bars, {title}, used of all: " + "; ".join(told) + ".")
 
 
 def billions(count: float) -> str:
@@ -264,11 +258,10 @@ def cache_figure(configs: Mapping[str, ModelConfig], *, title: str, contexts: Se
         }
         _labelled_lines(axes, list(contexts), curves)
         axes.set_xlim(contexts[0], contexts[-1])
-        told = (
-            f"{name} from {c[0]:.1f} KiB at {contexts[0]} tokens to {c[-1]:.1f} at {contexts[-1]}"
-            for name, c in curves.items()
+        told = [f"{name} {c[0]:.0f} to {c[-1]:.0f} KiB" for name, c in curves.items()]
+        return finish(
+            canvas, f"Line chart, {title}, from {contexts[0]:,} to {contexts[-1]:,} tokens: " + "; ".join(told) + "."
         )
-        return finish(canvas, f"Line chart, {title} " + "; ".join(told) + ".")
 
 
 def _plot_area(axes: Axes, xlabel: str, ylabel: str) -> None:
@@ -313,10 +306,10 @@ def rope_figure(
         for (name, scaling), colour, style in zip(scalings.items(), COLOURS, itertools.cycle(("-", "--", "-.", ":"))):
             slower = plain / architecture.rope_frequencies(dim, theta, scaling, longest)
             axes.plot(wavelength, slower, color=colour, ls=style, lw=2, label=name, marker="o", ms=2.5)
-            told.append(f"{name} from {slower[0]:.2g} times at the shortest wave to {slower[-1]:.2g} at the longest")
+            told.append(f"{name} {slower[0]:.2g} to {slower[-1]:.2g} times")
         axes.axvline(trained, color=INK, lw=1.2, ls="--")
         axes.annotate(
             "trained length ", (trained, 1), xycoords=("data", "axes fraction"), ha="right", va="top", fontsize=9.5
         )
         axes.legend(frameon=False, fontsize=9.5, loc="upper left", bbox_to_anchor=(0.0, 0.93))
-        return finish(canvas, f"Line chart, {title} " + "; ".join(told) + ".")
+        return finish(canvas, f"Line chart, {title}, shortest to longest wave: " + "; ".join(told) + ".")

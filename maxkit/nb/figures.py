@@ -16,6 +16,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
+from PIL import Image  # matplotlib brings it
 
 from maxkit.errors import UserError
 from maxkit.nb.cards import show
@@ -168,7 +169,10 @@ def finish(canvas: Canvas, alt: str, save_as: str | Path | None = None) -> Figur
     svg, png = io.StringIO(), io.BytesIO()
     canvas.savefig(svg, format="svg", metadata={"Date": None, "Title": alt})
     canvas.savefig(png, format="png", dpi=160)
-    figure = Figure(svg.getvalue(), png.getvalue(), alt)
+    small = io.BytesIO()
+    # Few colours: a palette is a third of the size, and notebooks carry their figures.
+    Image.open(png).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    figure = Figure(svg.getvalue(), small.getvalue(), alt)
     return save(figure, save_as) if save_as is not None else figure
 
 
