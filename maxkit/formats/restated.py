@@ -117,20 +117,26 @@ def _attention_scale(config: ModelConfig) -> float:
 
 def _check(source: ModelConfig, target: ModelConfig) -> None:
     """Refuse differences that are no matter of stating."""
-    others = [name for name in ModelConfig.model_fields if name not in (*FIELDS, *_BY_BLOCK)]
-    problems = [
-        f"{name}: {getattr(source, name)!r}, and {getattr(target, name)!r}"
-        for name in others
-        if not same_meaning(source, target, name)
-    ]
-    if _effective_blocks(source) != _effective_blocks(target):
-        problems.append("the kinds of their layers")
+    problems = differences(source, target, apart_from=FIELDS)
     ends = (source.embedding_scale or 1.0) / (target.embedding_scale or 1.0)
     wanted = source.logit_scale / ends if source.tie_embeddings else source.logit_scale
     if not math.isclose(wanted, target.logit_scale, rel_tol=1e-6):
         problems.append(f"logit_scale: {wanted} is needed, {target.logit_scale} is given")
     if problems:
         raise UserError(f"two models that compute different functions: they differ in {'; '.join(problems)}")
+
+
+def differences(one: ModelConfig, other: ModelConfig, apart_from: tuple[str, ...] = ()) -> list[str]:
+    """Fields in which two configs differ in meaning: "norm_eps: 1e-05, and 1e-06"."""
+    names = [name for name in ModelConfig.model_fields if name not in (*apart_from, *_BY_BLOCK)]
+    found = [
+        f"{name}: {getattr(one, name)!r}, and {getattr(other, name)!r}"
+        for name in names
+        if not same_meaning(one, other, name)
+    ]
+    if _effective_blocks(one) != _effective_blocks(other):
+        found.append("the kinds of their layers")
+    return found
 
 
 def _effective_blocks(config: ModelConfig) -> list[BlockSpec]:

@@ -25,6 +25,7 @@ from maxkit.formats.maxtext.form import Description, describe
 from maxkit.formats.maxtext.layout import Sorted, sort_keys
 from maxkit.formats.maxtext.rows import ROWS
 from maxkit.formats.orbax_arrays import METADATA, STEP_METADATA, OrbaxArrays
+from maxkit.formats.restated import differences
 from maxkit.formats.tables import letter_sizes
 from maxkit.models.config import BlockSpec, ModelConfig
 from maxkit.models.lora import LoraConfig
@@ -67,10 +68,14 @@ class MaxTextContents:
         self._optimizer_arrays = self._open_optimizer()
         self._replica = replica
         self.metadata = _metadata(self.step_path)
-        config = config if config is not None else _recorded(self.metadata)
-        if config is None:
+        recorded = _recorded(self.metadata)
+        given = config if config is not None else recorded
+        if given is None:
             raise UserError(unknown.refusal(path, self._sorted, self._weight_shapes()))
-        self.description: Description = describe(config)
+        self.description: Description = describe(given)
+        differing = differences(recorded, self.description.config) if recorded else []
+        if differing:
+            raise UserError(f"config={config} contradicts what {path} records: {'; '.join(differing)}")
         self.config = self._with_stored_bias(self.description.config)
         self.format, self.optimizer = self._sorted.format, self._sorted.optimizer
         self.slots = (WEIGHTS, *(slot for slot in self._sorted.trees if slot != WEIGHTS))
@@ -125,7 +130,10 @@ class MaxTextContents:
         is asked for.
         """
         place, key = self._place(path, layer, slot)
-        return place.rearrangement.read(self._layer(key, place))
+        array = self._layer(key, place)
+        own = self._held is None or array.base is not self._held[1]
+        same = place.rearrangement.foreign == place.rearrangement.canonical
+        return array if own and same else place.rearrangement.read(array)
 
     def missing_keys(self) -> list[str]:
         """Weights that the model needs and that are not stored."""

@@ -267,8 +267,13 @@ class _Job:
 
     def _composed(self, members: list[tuple[Address, Place]], slot: str, dtype: np.dtype) -> np.ndarray:
         """The foreign tensor of one layer, from the tensors of ours that lie in it."""
-        result = np.empty(members[0][1].rearrangement.foreign_shape, dtype)
-        for (path, layer), place in members:
+        (path, layer), first = members[0]
+        array = self.source.read(path, layer, slot)
+        if first.rearrangement.foreign == first.rearrangement.canonical:
+            return array.astype(dtype, copy=False)
+        result = np.empty(first.rearrangement.foreign_shape, dtype)
+        first.rearrangement.write_into(result, array)
+        for (path, layer), place in members[1:]:
             place.rearrangement.write_into(result, self.source.read(path, layer, slot))
         return result
 
