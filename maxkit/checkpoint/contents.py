@@ -27,7 +27,6 @@ from maxkit.models.config import ModelConfig
 from maxkit.models.lora import LoraConfig
 
 STATE_PARTS = ("params", "base")  # of a state: what is trained, and the frozen rest of a LoRA run
-_HELD_BYTES = 64 << 20  # of stacks: with the largest array half as much again, so that adapters fit beside a kernel
 FOREIGN = "foreign"  # branch of a state for what another program's checkpoint had and ours has no use for
 KEY_NAMES = {"threefry2x32": "fry", "rbg": "rbg", "unsafe_rbg": "urbg"}  # of PRNG keys: JAX's name, and in a dtype
 KEY_WORDS = {"fry": 2, "rbg": 4, "urbg": 4}  # uint32 words of a PRNG key, by the name in its dtype
@@ -86,7 +85,7 @@ class StoreContents:
         self.slots = tuple(self._tensors)
         self._held: dict[str, np.ndarray] = {}  # the last stacks that could only be read as a whole
         largest = max((self._num_bytes(leaf) for leaf in self.manifest.leaves), default=0)
-        self._room = max(_HELD_BYTES, largest * 3 // 2)
+        self._room = largest * 5 // 4  # so that adapters fit beside a kernel
         self._digests: dict[str, digest_stream.RunningDigest] = {}
         self._seen: set[_Stored] = set()
 

@@ -11,6 +11,7 @@ trailing dimensions that has at most 2^32 of them, outer counts the groups.
 Shape and dtype are not part of it: the manifest records them beside it.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,8 @@ def lane_sums(words: np.ndarray, offset: int, outer: int) -> tuple[int, int]:
     sums = [0, 0]
     for start in range(0, words.size, _CHUNK_WORDS):
         chunk = words[start : start + _CHUNK_WORDS]
-        position = np.arange(offset + start, offset + start + chunk.size, dtype=np.int64).astype(np.uint32)
         for lane, constants in enumerate(LANES):
-            sums[lane] += _lane_sum(chunk, position, outer, constants)
+            sums[lane] += _lane_sum(chunk, offset + start, outer, lane, constants)
     return sums[0] & 0xFFFFFFFF, sums[1] & 0xFFFFFFFF
 
 
@@ -85,13 +85,20 @@ def as_words(array: np.ndarray) -> np.ndarray:
     return flat.view({1: np.uint8, 2: np.uint16}.get(flat.dtype.itemsize, np.uint32))
 
 
-def _lane_sum(words: np.ndarray, position: np.ndarray, outer: int, constants: tuple) -> int:
+def _lane_sum(words: np.ndarray, first: int, outer: int, lane: int, constants: tuple) -> int:
     step, seed, outer_step, shifts, multipliers = constants
-    h = position * np.uint32(step)
-    h += np.uint32((seed + outer * outer_step) & 0xFFFFFFFF)
+    start = np.uint32((first * step + outer * outer_step + seed) & 0xFFFFFFFF)
+    h = _steps(lane)[: words.size] + start  # modulo 2^32, as all that follows
     h ^= words
+    other = np.empty_like(h)
     for shift, multiplier in zip(shifts, multipliers, strict=False):
-        h ^= h >> np.uint32(shift)
+        h ^= np.right_shift(h, np.uint32(shift), out=other)
         h *= np.uint32(multiplier)
-    h ^= h >> np.uint32(shifts[-1])
-    return int(h.sum(dtype=np.uint64))
+    h ^= np.right_shift(h, np.uint32(shifts[-1]), out=other)
+    return int(np.add.reduce(h, dtype=np.uint32))
+
+
+@functools.cache
+def _steps(lane: int) -> np.ndarray:
+    """The step times 0, 1, 2, ... of a chunk."""
+    return np.arange(_CHUNK_WORDS, dtype=np.uint32) * np.uint32(LANES[lane][0])

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from maxkit.checkpoint import manifest as manifests
 from maxkit.errors import UserError
 from maxkit.formats import maxtext_tree
+from maxkit.formats.paxml_tree import find_paxml, paxml_arrays, paxml_step
 
 STEP_METADATA, ITEM_METADATA = "_CHECKPOINT_METADATA", "_METADATA"
 # Where a step's arrays are: maxkit, MaxText, its emergency manager or Tunix, in the order of preference.
@@ -75,6 +76,8 @@ def find(path: str | os.PathLike) -> CheckpointLocation:
         steps = _steps(folder)
         if steps:
             return _step_location(folder / str(steps[-1]))
+    if (paxml := find_paxml(place)) is not None:
+        return CheckpointLocation("paxml", paxml, paxml_step(paxml))
     if _is_step(place.parent) and place.name == manifests.ITERATOR:
         return _step_location(place.parent)
     names = sorted(p.name for p in place.iterdir())
@@ -108,6 +111,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         "hf": _describe_hf,
         "gguf": _describe_gguf,
         "safetensors": _describe_safetensors,
+        "paxml": _describe_paxml,
     }
     found = readers[place.kind](place)
     metadata = {"path": str(place.path), "total_bytes": _total_bytes(place.path)} | found.pop("metadata")
@@ -262,6 +266,23 @@ def _describe_orbax(place: CheckpointLocation) -> dict[str, Any]:
             "evidence": evidence,
             "num_arrays": len(arrays),
         },
+    }
+
+
+def _describe_paxml(place: CheckpointLocation) -> dict[str, Any]:
+    arrays = paxml_arrays(place.path)
+    weights = [array for key, array in arrays.items() if key.startswith("mdl_vars.")]
+    layers = next((shape[0] for key, (shape, _) in arrays.items() if ".repeat." in key), None)
+    return {
+        "format": "paxml",
+        "family": "gpt2",
+        "scan_layers": True,
+        "num_params": sum(math.prod(shape) for shape, _ in weights),
+        "groups": [{"name": "layers", "pattern_length": 1, "repeats": layers, "layer_axis": 0}],
+        "dtypes": dict(collections.Counter(dtype for _, dtype in weights)),
+        "step": place.step,
+        "optimizer": "adam_pax" if any(".m.params." in key for key in arrays) else None,
+        "metadata": {"num_arrays": len(arrays)},
     }
 
 

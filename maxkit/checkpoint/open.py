@@ -18,6 +18,7 @@ from maxkit.formats.gguf import GGUFReader
 from maxkit.formats.huggingface import HuggingFaceReader, read_config
 from maxkit.formats.maxtext import MaxTextContents, maxtext_form
 from maxkit.formats.restated import FIELDS
+from maxkit.formats.paxml import PaxmlContents
 from maxkit.models.config import ModelConfig
 
 Description = ModelConfig | str | Path | None  # how a source was made
@@ -42,6 +43,9 @@ def open_contents(path_or_model_name: str | Path, config: Description = None) ->
         location = inspect.find(path)
         if location.kind == "orbax":  # of MaxText or Tunix, which record no architecture: `config` is it
             opened = MaxTextContents(path, config)
+            return opened
+        if location.kind == "paxml":
+            opened = PaxmlContents(location.path, config)
             return opened
         if location.kind != "maxkit":
             raise UserError(

@@ -333,9 +333,8 @@ def test_the_command_converts_and_says_so(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float64"])
 def test_a_running_digest_is_the_digest_of_the_whole(dtype, monkeypatch):
-    monkeypatch.setattr(digest_stream, "_COMPILED_FROM", 1000)
-    monkeypatch.setattr(digest_stream, "_PIECE", 128)
-    digest_stream._compiled_lanes.cache_clear()
+    monkeypatch.setattr(digest_numpy, "_CHUNK_WORDS", 128)
+    digest_numpy._steps.cache_clear()
     draw = np.random.default_rng(0)
     array = (draw.normal(size=(5, 70, 9)) * 100).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     running = digest_stream.RunningDigest(array.shape, array.dtype)
@@ -343,20 +342,19 @@ def test_a_running_digest_is_the_digest_of_the_whole(dtype, monkeypatch):
         assert not running.complete
         running.add(array[row], row * array[row].size)
     assert running.complete and running.result() == digest_numpy.digest_array(array) == digest_stream.digest(array)
-    digest_stream._compiled_lanes.cache_clear()
+    if dtype != "float64":  # JAX has no 64 bits here
+        assert running.result() == digest.digest_tree({"x": jnp.asarray(array)})["x"]
+    digest_numpy._steps.cache_clear()
 
 
 def test_arrays_beyond_four_billion_words_are_counted_in_groups(monkeypatch):
     """The second number of a word's place, with the limit lowered so that a small array needs it."""
     array = np.arange(6 * 50, dtype=np.float32).reshape(6, 50)
     monkeypatch.setattr(digest_numpy, "inner_words", lambda shape, words: 50)
-    whole = digest_numpy.digest_array(array)
-    for compiled_from in (10**9, 1):
-        monkeypatch.setattr(digest_stream, "_COMPILED_FROM", compiled_from)
-        running = digest_stream.RunningDigest(array.shape, array.dtype)
-        for start in (120, 0, 30):  # parts that do not end where groups do
-            running.add(array.reshape(-1)[start : {120: 300, 0: 30, 30: 120}[start]], start)
-        assert running.result() == whole
+    running = digest_stream.RunningDigest(array.shape, array.dtype)
+    for start, end in ((120, 300), (0, 30), (30, 120)):  # parts that do not end where groups do
+        running.add(array.reshape(-1)[start:end], start)
+    assert running.result() == digest_numpy.digest_array(array)
 
 
 def test_reading_and_converting_need_no_jax(runs, tmp_path):
