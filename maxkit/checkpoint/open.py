@@ -17,8 +17,8 @@ from maxkit.formats.contents import Contents
 from maxkit.formats.gguf import GGUFReader
 from maxkit.formats.huggingface import HuggingFaceReader, read_config
 from maxkit.formats.maxtext import MaxTextContents, maxtext_form
-from maxkit.formats.restated import FIELDS
 from maxkit.formats.paxml import PaxmlContents
+from maxkit.formats.restated import FIELDS
 from maxkit.models.config import ModelConfig
 
 Description = ModelConfig | str | Path | None  # how a source was made

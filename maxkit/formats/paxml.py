@@ -9,10 +9,9 @@ The layout is that of MLPerf's published checkpoints, by the names and shapes th
 hand to be read, so it was checked against arrays written in that form (tests/unit/test_paxml.py).
 """
 
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -24,10 +23,10 @@ from maxkit.formats.axes import Rearrangement, parse_axes
 from maxkit.formats.contents import WEIGHTS, Address
 from maxkit.formats.hf_config.reader import read_config
 from maxkit.formats.orbax_arrays import dtype_of
+from maxkit.formats.paxml_tree import MARK, find_paxml, paxml_arrays
 from maxkit.formats.tables import Leaf, letter_sizes
 from maxkit.models.config import ModelConfig
 
-MARK = "mdl_vars.params.lm.softmax.logits_ffn.linear.w"  # by which a folder is known to be one
 _LAYER = "lm.transformer.repeat.sub.x_layers_0."  # {i} stands for the layer axis, which comes first
 ROWS = (
     Leaf("embed/table", "lm.softmax.logits_ffn.linear.w", "DV > VD"),
@@ -72,8 +71,11 @@ class PaxmlContents:
     optimizer: str | None
 
     def __init__(self, path: str | Path, config: ModelConfig | str | Path | None = None) -> None:
-        self.path = find_folder(Path(path))
-        self._arrays = {p.name: _header(p) for p in sorted(self.path.iterdir()) if (p / ".zarray").exists()}
+        folder = find_paxml(Path(path))
+        if folder is None:
+            raise UserError(f"{path}: no Paxml checkpoint there (no {MARK})")
+        self.path = folder
+        self._arrays = {key: (shape, dtype_of(dtype)) for key, (shape, dtype) in paxml_arrays(folder).items()}
         if config is None:
             dim, vocab = self._arrays[MARK][0]
             layers = self._arrays.get(f"mdl_vars.params.{_LAYER}layer_norm.scale", ((0,), None))[0][0]
@@ -92,7 +94,7 @@ class PaxmlContents:
     @property
     def dtypes(self) -> dict[str, int]:
         """{dtype: number of arrays of weights stored in it}."""
-        return dict(Counter(dtype.name for key, (_, dtype, _) in self._arrays.items() if key.startswith("mdl_vars.")))
+        return dict(Counter(dtype.name for key, (_, dtype) in self._arrays.items() if key.startswith("mdl_vars.")))
 
     @property
     def scalars(self) -> dict[str, np.ndarray]:
@@ -174,33 +176,12 @@ class PaxmlContents:
             raise UserError(f"{self.path}: {len(lines)} arrays contradict config: {'; '.join(lines[:12])}")
 
     def _read(self, key: str, row: int | None = None) -> np.ndarray:
-        _, dtype, driver = self._arrays[key]
-        spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{self.path / key}/"}}
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{self.path / key}/"}}
         try:
             array = ts.open(spec | {"fill_missing_data_reads": False}, open=True).result()
-            return np.asarray((array if row is None else array[row]).read().result()).astype(dtype, copy=False)
+            return np.asarray((array if row is None else array[row]).read().result())
         except (ValueError, OSError) as error:
             raise UserError(f"{self.path / key} cannot be read: {' '.join(str(error).split())[:300]}") from error
-
-
-def find_folder(path: Path) -> Path:
-    """The folder of arrays at a path: itself, or the newest `checkpoint_*` below it. Raises UserError without one."""
-    if (path / MARK).is_dir():
-        return path
-    for folder in (path, path / "checkpoints"):
-        steps = sorted(folder.glob("checkpoint_*")) if folder.is_dir() else []
-        if steps and (steps[-1] / MARK).is_dir():
-            return steps[-1]
-    raise UserError(f"{path}: no Paxml checkpoint there (no {MARK})")
-
-
-def _header(path: Path) -> tuple[tuple[int, ...], np.dtype, str]:
-    try:
-        header: dict[str, Any] = json.loads((path / ".zarray").read_text())
-        name = header["dtype"]
-        return tuple(header["shape"]), dtype_of(name) if name == "bfloat16" else np.dtype(name), "zarr"
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}/.zarray cannot be read: {error}") from error
 
 
 def _describe(given: ModelConfig | str | Path) -> ModelConfig:

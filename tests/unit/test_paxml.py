@@ -6,8 +6,10 @@ import pytest
 import tensorstore as ts
 from tiny_models import tiny, weights
 
+from maxkit.checkpoint import inspect
+from maxkit.checkpoint.open import open_contents
 from maxkit.errors import UserError
-from maxkit.formats import paxml
+from maxkit.formats import paxml, paxml_tree
 from maxkit.models.config import Execution, ModelConfig
 from maxkit.models.definition import ModelDefinition
 
@@ -122,7 +124,7 @@ def test_refused(checkpoint, tmp_path):
 
 def test_a_missing_piece_is_damage_not_zeros(checkpoint, tmp_path):
     key = f"mdl_vars.params.{LAYER}layer_norm.scale"
-    (tmp_path / paxml.MARK).symlink_to(checkpoint / paxml.MARK)
+    (tmp_path / paxml_tree.MARK).symlink_to(checkpoint / paxml_tree.MARK)
     save(tmp_path, key, np.ones((L, 16), np.float32))
     (tmp_path / key / "1.0").unlink()
     contents = paxml.PaxmlContents(tmp_path, CONFIG)
@@ -131,3 +133,12 @@ def test_a_missing_piece_is_damage_not_zeros(checkpoint, tmp_path):
     assert np.array_equal(contents.read("layers/attention_norm/scale", 0), np.ones(16))
     with pytest.raises(UserError, match="cannot be read"):
         contents.read("layers/attention_norm/scale", 1)
+
+
+def test_inspected_and_opened_by_its_look(checkpoint):
+    found = inspect.describe(checkpoint.parents[1])
+    sizes = sum(value.size for value in tensors(0).values())
+    assert (found["format"], found["step"], found["optimizer"]) == ("paxml", 200, "adam_pax")
+    assert found["num_params"] == sizes
+    assert found["groups"] == [{"name": "layers", "pattern_length": 1, "repeats": L, "layer_axis": 0}]
+    assert open_contents(checkpoint.parents[1], CONFIG).format == "paxml"
