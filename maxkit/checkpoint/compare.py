@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 
 from maxkit.checkpoint.layout import Address
-from maxkit.checkpoint.open import Description, open_contents
+from maxkit.checkpoint.open import Description, open_contents, records_nothing
+from maxkit.checkpoint.raw import RawContents
 from maxkit.checkpoint.statement import alike
 from maxkit.errors import UserError, nearest
 from maxkit.formats.contents import WEIGHTS, Contents
+from maxkit.formats.maxtext import maxtext_form
+from maxkit.models.config import ModelConfig
 
 ONLY = ("params", "all")
 RANDOM = frozenset({"rng", "rngs", "dropout"})
@@ -130,15 +133,34 @@ def compare(
         raise UserError(f"only={only!r}: {nearest(only, ONLY)}")
     if not (atol >= 0 and rtol >= 0):
         raise UserError(f"atol={atol}, rtol={rtol}: tolerances are zero or more")
-    return compare_contents(
-        open_contents(a, config_a),
-        open_contents(b, config_b),
-        names=(str(a), str(b)),
-        values=values,
-        only=only,
-        atol=atol,
-        rtol=rtol,
-    )
+    one, two, notes = _open(a, b, config_a, config_b)
+    found = compare_contents(one, two, names=(str(a), str(b)), values=values, only=only, atol=atol, rtol=rtol)
+    return dataclasses.replace(found, notes=(*notes, *found.notes))
+
+
+def _open(a: str | Path, b: str | Path, config_a: Description, config_b: Description) -> tuple[Any, Any, list[str]]:
+    """Both, and a line on what stands for a description that neither the checkpoint nor the user gives."""
+    silent = [config is None and records_nothing(path) for path, config in ((a, config_a), (b, config_b))]
+    if all(silent):
+        note = (
+            "neither records what it computes: names, shapes and stored values are compared, and what a converter "
+            "worked into the weights is not undone (--config-a and --config-b say what each is)"
+        )
+        return RawContents(a), RawContents(b), [note]
+    if silent[0]:
+        two = open_contents(b, config_b)
+        return open_contents(a, _description_of(two)), two, [f"{a} records no architecture: read as {b} says"]
+    one = open_contents(a, config_a)
+    if silent[1]:
+        return one, open_contents(b, _description_of(one)), [f"{b} records no architecture: read as {a} says"]
+    return one, open_contents(b, config_b), []
+
+
+def _description_of(contents: Contents) -> ModelConfig:
+    """The config with which MaxText would hold that model; one that it held already stands for itself."""
+    if contents.format in ("hf", "gguf"):
+        return maxtext_form(contents.config)[0]
+    return contents.config
 
 
 def compare_contents(
@@ -153,9 +175,11 @@ def compare_contents(
 ) -> Comparison:
     """As `compare`, of what is open."""
     notes = _layouts(a, b, names) + _random_notes(a, b, names)
-    b, rewritten = alike(a, b)
-    notes += rewritten
-    found = _configs(a, b)
+    found = []
+    if a.config is not None:  # of raw checkpoints nothing is known
+        b, rewritten = alike(a, b)
+        notes += rewritten
+        found = _configs(a, b)
     found += [Difference("only in a", key) for key in a.unused_keys()]
     found += [Difference("only in b", key) for key in b.unused_keys()]
     slots = [WEIGHTS]

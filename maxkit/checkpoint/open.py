@@ -66,8 +66,7 @@ def open_weights(path: str | Path, config: Description, named: Contents | ModelC
         UserError: as `open_contents`, or the weights are of another model than `named`.
     """
     recorded = named if isinstance(named, ModelConfig) else named.config if named is not None else None
-    records = "://" not in str(path) and _records_architecture(sources.resolve(path))
-    if config is None and recorded is not None and not records:
+    if config is None and recorded is not None and records_nothing(path):
         config = maxtext_form(recorded)[0]
     source: Any = open_contents(path, config)
     if recorded is not None:
@@ -77,10 +76,14 @@ def open_weights(path: str | Path, config: Description, named: Contents | ModelC
     return source
 
 
-def _records_architecture(path: Path) -> bool:
+def records_nothing(path_or_model_name: str | Path) -> bool:
+    """Whether a checkpoint is one of those (MaxText, Tunix) that do not say what they compute."""
+    text = str(path_or_model_name)
+    path = inspect.as_path(text) if "://" in text else sources.resolve(text)
     if path.is_file() or (path / "config.json").exists():
-        return True
-    return inspect.find(path).kind != "orbax"
+        return False
+    place = inspect.find(path)
+    return place.kind == "orbax" and not isinstance(inspect.step_metadata(place.path).get("model"), dict)
 
 
 def check_same_function(ours: ModelConfig, theirs: ModelConfig, where: object) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maxkit.checkpoint.compare import compare
+from maxkit.checkpoint.compare import compare, compare_contents
 from maxkit.checkpoint.contents import StoreContents
 from maxkit.checkpoint.convert import convert
 from maxkit.checkpoint.inspect import find
 from maxkit.checkpoint.load import load
+from maxkit.checkpoint.raw import RawContents
 from maxkit.checkpoint.save import save
 from maxkit.errors import UserError
 from maxkit.formats.orbax_arrays import OrbaxArrays
@@ -106,6 +107,27 @@ def test_deepseek_as_maxtext_computes_it_is_refused_for_hugging_face(tmp_path):
 def test_without_a_config_it_is_refused(tmp_path):
     with pytest.raises(UserError, match="config"):
         convert(source("muon_scanned_025")[0], tmp_path / "a", to="maxkit")
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_compared_without_a_config_by_names_and_values(tmp_path, kind):
+    """The unrolled fixtures are slices of the scanned ones."""
+    version = "024" if kind == "linen" else "025"
+    a, b = (FIXTURES[f"paramonly_{kind}_{layout}_{version}"] for layout in ("scanned", "unrolled"))
+    found = compare(a, b, values=True, atol=0, rtol=0)
+    assert found.equal and found.compared == 39 and "is not undone" in found.notes[0]
+    one = compare(a, b, config_b=b / "config_resolved.txt", values=True, atol=0, rtol=0)
+    assert one.equal and "records no architecture: read as" in one.notes[0]
+    other = compare(a, FIXTURES["sgd_unscanned_025"])
+    assert not other.equal and {d.kind for d in other.differences} == {"shape"}
+
+
+def test_every_pattern_of_layers_is_known_by_its_names(tmp_path):
+    for name in ("gemma3_nnx_scanned_025", "deepseek_nnx_scanned_025"):
+        path, config = source(name)
+        there = convert(path, tmp_path / name, to="maxtext-linen", config=config, scan_layers=False)
+        found = compare_contents(RawContents(path), RawContents(there.path), values=True, atol=0, rtol=0, only="all")
+        assert found.equal and found.compared > 200, list(found.lines())
 
 
 def test_one_flipped_value_is_located_across_formats(tmp_path):
