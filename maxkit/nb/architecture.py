@@ -116,7 +116,7 @@ def active_parameters(config: ModelConfig) -> float:
 
 
 def parameter_table(config: ModelConfig, title: str) -> Card:
-    """Every kind of tensor: path, what its dimensions are, the shape in one layer, in how many layers, parameters."""
+    """Every kind of tensor: path (below `layers/`), letters and shape in one layer, in how many layers, how many."""
     rows: dict[tuple, dict[str, Any]] = {}
     for parameter in ModelDefinition(config).parameters.values():
         shape = parameter.layer_shape
@@ -124,8 +124,8 @@ def parameter_table(config: ModelConfig, title: str) -> Card:
             (parameter.address, shape),
             {
                 "tensor": parameter.address,
-                "dimensions": " ".join(parameter.letters[1:] if parameter.stacked else parameter.letters),
-                "shape": " x ".join(map(str, shape)),
+                "letters": parameter.letters[1:] if parameter.stacked else parameter.letters,
+                "shape": "×".join(map(str, shape)),
                 "layers": None if parameter.layers is None else 0,
                 "parameters": 0,
             },
@@ -137,6 +137,7 @@ def parameter_table(config: ModelConfig, title: str) -> Card:
     in_order = sorted(
         rows.values(), key=lambda row: next(i for i, end in enumerate(ends) if row["tensor"].startswith(end))
     )
+    in_order = [row | {"tensor": row["tensor"].removeprefix("layers/")} for row in in_order]
     total = sum(row["parameters"] for row in rows.values())
     active = active_parameters(config)
     caption = f"{total:,} parameters in all" + (f", of which a token uses {active:,.0f}" if active < total else "")
