@@ -140,8 +140,9 @@ def parameter_table(config: ModelConfig, title: str) -> Card:
     in_order = [row | {"tensor": row["tensor"].removeprefix("layers/")} for row in in_order]
     total = sum(row["parameters"] for row in rows.values())
     active = active_parameters(config)
+    columns = ("tensor", "parameters", "layers", "letters", "shape")  # a narrow page cuts off what is last
     caption = f"{total:,} parameters in all" + (f", of which a token uses {active:,.0f}" if active < total else "")
-    return table(in_order, title=title, caption=caption)
+    return table(in_order, title=title, caption=caption, columns=columns)
 
 
 # --- what a token costs in the cache ----------------------------------------------------------
