@@ -33,7 +33,7 @@ class Blueprint:
     definition: ModelDefinition
     objective: NextToken
     optimizer: optax.GradientTransformation
-    source: load.Source | load.MaxkitSource | None
+    source: load.Source | None
     start: str | None
     notes: tuple[str, ...]
 
@@ -91,7 +91,7 @@ def blueprint(
     )
 
 
-def architecture(cfg: RecipeConfig) -> tuple[ModelConfig, load.Source | load.MaxkitSource | None, str | None]:
+def architecture(cfg: RecipeConfig) -> tuple[ModelConfig, load.Source | None, str | None]:
     """(architecture, opened source of weights or None, its path or name).
 
     `model` gives the architecture and, unless `load_parameters_path` is set, the weights; the name of a preset gives
@@ -115,7 +115,7 @@ def architecture(cfg: RecipeConfig) -> tuple[ModelConfig, load.Source | load.Max
     raise UserError(f"{cfg.recipe}: give a model, for example model=smollm2-135m-instruct")
 
 
-def _from_preset(cfg: Pretrain) -> tuple[ModelConfig, load.Source | load.MaxkitSource | None, str | None]:
+def _from_preset(cfg: Pretrain) -> tuple[ModelConfig, load.Source | None, str | None]:
     config = presets.preset_config(cfg.model)
     load.check_same(config, cfg.config, f"preset {cfg.model}")
     if not cfg.load_parameters_path:

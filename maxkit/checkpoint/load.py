@@ -14,7 +14,6 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from maxkit import mesh as meshes
-from maxkit.checkpoint.contents import StoreContents
 from maxkit.checkpoint.open import (
     Description,
     check_config,
@@ -35,7 +34,6 @@ from maxkit.types import Tree
 
 __all__ = [
     "Loaded",
-    "MaxkitSource",
     "Source",
     "check_config",
     "check_same",
@@ -47,7 +45,6 @@ __all__ = [
 ]
 
 Source = Contents
-MaxkitSource = StoreContents
 WEIGHT_TYPES = ("float32", "bfloat16", "float16")
 
 

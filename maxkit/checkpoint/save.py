@@ -12,7 +12,8 @@ import jax
 from flax import nnx
 
 from maxkit.checkpoint.contents import TreeContents
-from maxkit.checkpoint.convert import Conversion, make_plan, write
+from maxkit.checkpoint.conversion_plan import make_plan
+from maxkit.checkpoint.convert import Conversion, write
 from maxkit.checkpoint.load import Loaded
 from maxkit.checkpoint.merge import Merged
 from maxkit.errors import UserError

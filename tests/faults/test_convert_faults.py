@@ -14,8 +14,8 @@ import pytest
 from tiny_checkpoints import definition_of, save_run
 from tiny_models import tiny
 
-from maxkit.checkpoint import convert as converting
 from maxkit.checkpoint.contents import StoreContents
+from maxkit.checkpoint.conversion_store import JOURNAL
 from maxkit.checkpoint.convert import PARTIAL, convert
 from maxkit.checkpoint.inspect import find
 from maxkit.errors import UserError
@@ -65,7 +65,7 @@ def start(source, target, *options, **arguments):
 
 def noted(target):
     """How many arrays the journal of an unfinished conversion speaks of."""
-    journal = target.with_name(target.name + PARTIAL) / converting.JOURNAL
+    journal = target.with_name(target.name + PARTIAL) / JOURNAL
     try:
         return max(0, len(journal.read_text().splitlines()) - 1)
     except OSError:

@@ -16,12 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import LORA, MODELS, POSITION, definition_of, save_run, state_of
 from tiny_models import tiny
+from tiny_runs import train, write_corpus
 
 from maxkit import cli
 from maxkit.checkpoint import convert as converting
 from maxkit.checkpoint import digest, digest_numpy, digest_stream, inspect, manifest
+from maxkit.checkpoint.compare import compare
 from maxkit.checkpoint.contents import OPTIMIZER_PLACES, StoreContents
-from maxkit.checkpoint.convert import convert, make_plan, write
+from maxkit.checkpoint.conversion_plan import make_plan
+from maxkit.checkpoint.conversion_store import JOURNAL
+from maxkit.checkpoint.convert import convert, write
 from maxkit.checkpoint.layout import Layout
 from maxkit.checkpoint.load import load
 from maxkit.checkpoint.open import open_contents
@@ -95,6 +99,28 @@ def test_a_converted_run_is_restored_by_the_store_and_by_orbax(runs, tmp_path):
         want.opt_state[0].nu["layers"]["layer_6"]["mlp"]["up"]["kernel"],
     )
     assert inspect.step_metadata(done.path / "checkpoints" / "7")["scan_layers"] is False
+
+
+def test_a_run_goes_on_from_its_converted_checkpoint(tmp_path):
+    """Scanned for two updates, unrolled for the other two: the losses of four updates in one layout."""
+    corpus = write_corpus(tmp_path / "corpus.txt")
+    whole = train(tmp_path / "whole", corpus, checkpoint_period=2)
+    whole.finish()
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "4")
+    done = convert(tmp_path / "half", tmp_path / "unrolled", to="maxkit", scan_layers=False)
+    for name in ("metrics.jsonl", "tokenizer"):  # what a run folder holds besides
+        (shutil.copytree if (tmp_path / "half" / name).is_dir() else shutil.copy)(
+            tmp_path / "half" / name, done.path / name
+        )
+    again = train(done.path, corpus, checkpoint_period=2)
+    assert (again.resumed_from, again.steps_done) == (2, 4)
+    assert again.definition.execution.scan_layers is False
+    for ours, theirs in zip(again.history, whole.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    again.finish()
+    found = compare(tmp_path / "whole", done.path, values=True, only="all", atol=1e-6, rtol=1e-3)
+    assert found.equal, list(found.lines())[:5]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,7 +307,7 @@ def test_an_interrupted_conversion_goes_on(runs, tmp_path, monkeypatch):
     # With another plan it begins again, and what a half-written last line of the journal says does not count.
     with pytest.raises(Interrupted):
         write(interrupt_after(open_contents(folder), 60), plan, tmp_path / "other")
-    journal = tmp_path / "other.partial" / converting.JOURNAL
+    journal = tmp_path / "other.partial" / JOURNAL
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:-1]) + lines[-1][:10])
     again = convert(folder, tmp_path / "other", to="maxkit", scan_layers=False)
