@@ -250,13 +250,24 @@ def _number(value: Any) -> Any:
 
 
 def _configs(a: Contents, b: Contents) -> list[Difference]:
+    """Settings in which what is computed differs.
+
+    The name of the family chooses tables of keys; a limit on the length matters where positions are learned; layers are
+    compared one by one, however they are grouped.
+    """
     ours, theirs = a.config.model_dump(), b.config.model_dump()
-    # The name of the family chooses tables of keys; what is computed, the other fields say.
-    return [
+    skipped = {"family", "leading_blocks", "pattern"} | ({"max_seq_len"} if a.config.position == "rope" else set())
+    found = [
         Difference("config", name, a=ours[name], b=theirs[name])
         for name in ours
-        if name != "family" and ours[name] != theirs[name]
+        if name not in skipped and ours[name] != theirs[name]
     ]
+    kinds = zip(a.config.blocks, b.config.blocks, strict=False)
+    different = [layer for layer, (one, two) in enumerate(kinds) if one != two]
+    if different:
+        one, two = (x.config.blocks[different[0]].model_dump(exclude_defaults=True) for x in (a, b))
+        found.append(Difference("config", "kind of block", different[0], a=one, b=two, count=len(different)))
+    return found
 
 
 def _layouts(a: Contents, b: Contents, names: tuple[str, str]) -> list[str]:

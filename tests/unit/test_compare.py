@@ -19,6 +19,7 @@ from maxkit.checkpoint.contents import StoreContents, TreeContents
 from maxkit.checkpoint.convert import convert
 from maxkit.checkpoint.inspect import find
 from maxkit.errors import UserError
+from maxkit.models.config import BlockSpec
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,11 @@ def test_every_kind_of_difference_is_named():
 
     found = compare_contents(in_memory("llama"), in_memory("llama", rope_theta=500.0, family="mistral"))
     assert [d.line() for d in found.differences] == ["config: rope_theta: 10000.0 | 500.0"]
+    same = {"max_seq_len": 7, "leading_blocks": (BlockSpec(),), "pattern": (BlockSpec(),) * 2}
+    assert compare_contents(in_memory("llama"), in_memory("llama", **same)).equal
+    windows = in_memory("llama", scan=False, pattern=(BlockSpec(), BlockSpec(sliding_window=4)))
+    (difference,) = compare_contents(in_memory("llama"), windows).differences
+    assert difference.line() == "config: kind of block (layer 1): {} | {'sliding_window': 4}" and difference.count == 1
     found = compare_contents(in_memory(scan=False, change=change), in_memory())
     assert [d.line() for d in found.differences] == [
         "only in b: layers/attention_norm/scale (layer 8)",
