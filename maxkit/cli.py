@@ -83,6 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_parameters(add)
     add.add_argument("--topology", required=True, metavar="v5e:2x2", help="chips and their arrangement")
     add.set_defaults(command=plan_recipe)
+
+    add = commands.add_parser("refresh", help="re-execute committed notebooks and renew what is generated in them")
+    add.add_argument("notebooks", nargs="+", metavar="NOTEBOOK", help="such as recipes/sft.ipynb")
+    add.set_defaults(command=refresh_notebooks)
     return parser
 
 
@@ -213,6 +217,16 @@ def plan_recipe(arguments: argparse.Namespace) -> int:
     given = {name: (value, "command line") for name, value in _pairs(arguments.parameters).items()}
     config = resolve(arguments.recipe, file=arguments.config, given=given)
     return plan(config, arguments.topology)
+
+
+def refresh_notebooks(arguments: argparse.Namespace) -> int:
+    """Renew notebooks in place, one after the other."""
+    from maxkit.nb.refresh import refresh
+
+    for notebook in arguments.notebooks:
+        record = refresh(notebook)
+        print(f"{notebook}: renewed" + (f", {record['seconds']['total']:.0f} s" if record else ""))
+    return 0
 
 
 def measured(recipe: str) -> str:

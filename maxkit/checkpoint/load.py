@@ -7,7 +7,6 @@ tensors are read).
 """
 
 import dataclasses
-from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -89,7 +88,8 @@ def load(
     Args:
         config: how the source was made, where it does not say; must agree with what it does say.
         scan_layers: stacked layers or one by one; None loads it from the checkpoint (without a layout: stacked).
-        dtype: cast the weights, one of `WEIGHT_TYPES`; None keeps the stored type.
+        dtype: cast the weights, one of `WEIGHT_TYPES`; None keeps the stored type (of several: float32, see
+            `source_dtype`).
         mesh: where to put the weights: a mesh, its description, or None for the first device.
         missing: parameters that the source lacks: an error, zeros and a line in the report, or initial values.
         unexpected: tensors that the model does not use: an error, or a line in the report.
@@ -120,7 +120,12 @@ def open_source(path_or_model_name: str | Path, config: Description = None) -> C
 
 
 def source_dtype(source: Contents) -> str:
-    """The type most weights are stored in, as a weight type."""
-    counts = dict(getattr(source, "dtypes", {})) or Counter(source.dtype(*key).name for key in source.addresses())
-    name = max(counts, key=counts.__getitem__, default="float32")
-    return name if name in WEIGHT_TYPES and source.format != "gguf" else "float32"
+    """The weight type that holds every stored weight exactly; float32 where that is none of `WEIGHT_TYPES`.
+
+    So a bfloat16 model whose routers' corrections are float32, as DeepSeek publishes them, is float32 unless told
+    otherwise: nothing is lost unasked.
+    """
+    if source.format == "gguf":
+        return "float32"
+    stored = {source.dtype(*key).name for key in source.addresses()}
+    return stored.pop() if len(stored) == 1 and stored <= set(WEIGHT_TYPES) else "float32"

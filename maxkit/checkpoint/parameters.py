@@ -101,12 +101,12 @@ def _misshapen(source: Contents, definition: ModelDefinition, present: set[Addre
 
 
 def _uncast(source: Contents, found: list[Parameter]) -> list[str]:
-    """Widening loses nothing; a source of mixed types is widened to the type of most of its weights."""
+    """Widening loses nothing and is only noted; anything else must be asked for."""
     lines = []
     for parameter in found:
         stored = source.dtype(*addresses_of(parameter)[0])
         if np.promote_types(stored, parameter.dtype) != parameter.dtype:
-            lines.append(f"{parameter.path} is stored as {stored}, most weights as {parameter.dtype}")
+            lines.append(f"{parameter.path} is stored as {stored}, which {parameter.dtype} does not hold")
     return [f"{_listed(lines)}: say which with dtype="] if lines else []
 
 

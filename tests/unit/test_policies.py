@@ -12,7 +12,7 @@ from maxkit import mesh as meshes
 from maxkit.checkpoint import digest
 from maxkit.checkpoint.contents import TreeContents
 from maxkit.checkpoint.convert import convert
-from maxkit.checkpoint.load import read_params
+from maxkit.checkpoint.load import read_params, source_dtype
 from maxkit.checkpoint.store import CheckpointStore
 from maxkit.errors import UserError
 from maxkit.models.config import Execution
@@ -55,7 +55,7 @@ def test_everything_that_does_not_fit_is_in_one_message():
         "2 tensors of the checkpoint have another shape: embed/table: expected [48, 16], found [40, 16] -> vocab_size",
         "layers/block_0/mlp/up/kernel (layer 1): expected [16, 24], found [16, 20] -> mlp_dim",
         "1 tensor of the checkpoint is not part of the model: layers/attention/query/bias (layers 0)",
-        "final_norm/scale is stored as float64, most weights as float32: say which with dtype=",
+        "final_norm/scale is stored as float64, which float32 does not hold: say which with dtype=",
     ):
         assert words in text, words
     assert "\n" not in text
@@ -90,7 +90,7 @@ def test_shapes_are_an_error_under_every_policy():
 
 def test_a_type_is_cast_only_when_asked_for():
     half = ModelDefinition(MODELS["llama"], Execution(), None, "bfloat16")
-    with pytest.raises(UserError, match="is stored as float32, most weights as bfloat16: say which with dtype="):
+    with pytest.raises(UserError, match="is stored as float32, which bfloat16 does not hold: say which with dtype="):
         read(contents(), half, cast=False)
     leaves, report = read(contents(), half, cast=True)
     assert {x.dtype for x in leaves.values()} == {jnp.dtype("bfloat16")} and report == ["cast from float32 to bfloat16"]
@@ -200,3 +200,16 @@ def test_weights_alone_are_no_run_to_continue(run, tmp_path):
     assert "\n" not in str(caught.value)
     found = restore(tmp_path / "weights", run[1], missing="init", initial=lambda: run[1])
     assert digest.digest_tree(found.state.params) == digest.digest_tree(run[1].params)
+
+
+def test_weights_of_two_types_are_loaded_in_the_one_that_holds_both():
+    """DeepSeek publishes bfloat16 weights with float32 corrections; nothing is lost without being asked."""
+
+    def change(leaves):
+        leaves["final_norm/scale"] = np.full(16, 1 + 2**-20, np.float32)
+
+    source = contents(change, dtype="bfloat16")
+    assert [source_dtype(contents(dtype="bfloat16")), source_dtype(source)] == ["bfloat16", "float32"]
+    leaves, report = read(source, cast=False)
+    assert {x.dtype for x in leaves.values()} == {jnp.dtype("float32")} and report == ["cast from bfloat16 to float32"]
+    assert leaves["final_norm/scale"][0] == np.float32(1 + 2**-20)
