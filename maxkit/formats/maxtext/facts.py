@@ -126,8 +126,9 @@ def _size(settings: Settings, name: str) -> int:
 def _common(settings: Settings, block: str) -> dict[str, Any]:
     dim, tied = _size(settings, "emb_dim"), bool(settings["logits_via_embedding"])
     acts = list(settings["mlp_activations"])
-    if acts[0] not in _ACTIVATIONS and block != "gpt_oss" or acts[1:] not in ([], ["linear"]):
-        raise UserError(f"mlp_activations={acts!r} is not supported: {', '.join(_ACTIVATIONS)}, alone or with 'linear'")
+    allowed = ("sigmoid",) if block == "gpt_oss" else tuple(_ACTIVATIONS)
+    if acts[0] not in allowed or acts[1:] not in ([], ["linear"]):
+        raise UserError(f"mlp_activations={acts!r} is not supported: {', '.join(allowed)}, alone or with 'linear'")
     deepseek = "deepseek_v3" if settings["routed_score_func"] == "sigmoid" else "deepseek_v2"
     family = deepseek if block == "deepseek" else next(ours for ours, theirs in BLOCKS.items() if theirs == block)
     yarn = str(settings["rope_type"]).startswith("yarn")
@@ -168,7 +169,8 @@ def _attention(settings: Settings, block: str) -> dict[str, Any]:
         "attention_bias": bool(settings["attention_bias"]),
         "attention_out_bias": bool(settings["attention_bias"]) and block != "qwen2",
         "attention_sinks": block == "gpt_oss",
-        "qk_norm": ("projection" if block == "olmo3" else "head") if normed else "none",
+        # Over all heads together only in models of that name, whatever the block.
+        "qk_norm": ("projection" if str(settings["model_name"]).startswith("olmo3") else "head") if normed else "none",
     }
 
 
@@ -306,7 +308,7 @@ def settings_of(config: ModelConfig) -> Settings:
         "vocab_size": config.vocab_size,
         "max_target_length": config.max_seq_len,
         "normalization_layer_epsilon": config.norm_eps,
-        "mlp_activations": ["silu" if block == "gpt_oss" else activation] + ["linear"] * config.mlp_gated,
+        "mlp_activations": ["sigmoid" if block == "gpt_oss" else activation] + ["linear"] * config.mlp_gated,
         "logits_via_embedding": config.tie_embeddings,
         "normalize_embedding_logits": not math.isclose(config.logit_scale, 1.0),
         "final_logits_soft_cap": config.final_soft_cap,
@@ -322,6 +324,8 @@ def settings_of(config: ModelConfig) -> Settings:
         found |= {"sliding_window_size": window or 0, "local_rope_max_timescale": _number(local) if local else -1}
     if block in CYCLES:
         found["inhomogeneous_layer_cycle_interval"] = CYCLES[block] if block != "gemma3" else 1
+    if config.qk_norm == "projection":
+        found |= {"model_name": "olmo3-7b", "override_model_config": True}
     if block == "gpt_oss":
         found |= {"attention_sink": True, "mlp_activations_limit": config.activation_limit, "mlp_bias": True}
     if block == "gemma3":

@@ -105,6 +105,13 @@ def write(
     config, settings = maxtext_form(contents.config)
     source = Restated(contents, config)
     scheme = containers.schemes(decoder_block(settings), config)["scanned" if scan_layers else "unrolled"]
+    cycle = containers.CYCLES.get(decoder_block(settings), 1)
+    if scan_layers and config.num_layers % cycle and decoder_block(settings) != "gemma3":
+        # Only gemma3 has a place for the rest; MaxText's others would leave it out of the model in silence.
+        raise UserError(
+            f"MaxText scans {decoder_block(settings)} layers in cycles of {cycle}, the model has {config.num_layers}: "
+            "give scan_layers=false"
+        )
     job = _Job(source, make_places(decoder_block(settings), config, scheme), layout, dtype, params_only, scan_axis)
     job.check()
     directory = Path(directory)
@@ -287,7 +294,12 @@ class _Job:
 
 def _write_settings(path: Path, settings: dict[str, Any], scan_layers: bool, scan_axis: int) -> None:
     """The settings that are not MaxText's defaults, for `python -m maxtext... maxtext.yml`."""
-    differing = {name: value for name, value in settings.items() if DEFAULTS.get(name) != value}
+    named = settings["model_name"] != DEFAULTS["model_name"]
+    # A name brings settings of its own: then nothing is left to defaults.
+    differing = {name: value for name, value in settings.items() if named or DEFAULTS.get(name) != value}
     layout = {"scan_layers": scan_layers, "param_scan_axis": scan_axis, "decoder_block": settings["decoder_block"]}
     text = yaml.safe_dump(json.loads(json.dumps(differing | layout)), sort_keys=True)
-    path.write_text(f"# What MaxText needs to know to compute the model in 0/items.\nbase_config: base.yml\n{text}")
+    head = "# What MaxText needs to know to compute the model in 0/items.\n"
+    if named:
+        head += "# MaxText prefers its own file on a model_name to this one: give these as NAME=VALUE after base.yml.\n"
+    path.write_text(f"{head}base_config: base.yml\n{text}")
