@@ -9,9 +9,9 @@ import re
 from typing import NamedTuple
 
 from maxkit.errors import UserError
+from maxkit.formats.contents import Address
 from maxkit.models.config import ModelConfig
 
-Address = tuple[str, int | None]
 _LEAF = re.compile(r"(?P<group>[a-z0-9_]+)/(?P<kind>block|layer)_(?P<number>\d+)/(?P<rest>.+)")
 
 

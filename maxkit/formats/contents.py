@@ -14,7 +14,7 @@ import numpy as np
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.models.config import ModelConfig
 
-Address = tuple[str, int | None]
+Address = tuple[str, int | None]  # (path without block or layer part, layer number or None)
 WEIGHTS = "params"  # the slot of the weights themselves
 
 

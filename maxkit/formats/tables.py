@@ -23,9 +23,8 @@ import numpy as np
 
 from maxkit.errors import UserError, nearest
 from maxkit.formats.axes import Rearrangement, parse_axes
+from maxkit.formats.contents import Address
 from maxkit.models.config import BlockSpec, ModelConfig
-
-Address = tuple[str, int | None]  # (canonical path without block or layer part, layer number or None)
 
 # Conditions on the model.
 _OF_MODEL: dict[str, Callable[[ModelConfig], object]] = {
