@@ -63,15 +63,31 @@ def rows_of(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def spawn(run_dir: Path, dataset: Path, log: Path, *settings: str, **environment: str) -> subprocess.Popen:
+class Logged(subprocess.Popen):
+    """A process whose output `cat` writes to `log`: a limit on the size of the files of the process itself does
+    not cut off its last words. It has ended when they are written.
+    """
+
+    def __init__(self, command: list[str], log: Path, env: dict[str, str]) -> None:
+        with log.open("w") as file:
+            self.writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
+        with self.writer.stdin as pipe:
+            super().__init__(command, stdout=pipe, stderr=subprocess.STDOUT, env=env)
+
+    def wait(self, timeout: float | None = None) -> int:
+        code = super().wait(timeout)
+        self.writer.wait(timeout)
+        return code
+
+
+def spawn(run_dir: Path, dataset: Path, log: Path, *settings: str, **environment: str) -> Logged:
     """Start this file as a program; what it prints goes to `log`.
 
     Its lines are not measured: a process that is killed or may not write leaves broken coverage files.
     """
     command = [sys.executable, __file__, str(run_dir), str(dataset), *settings]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-    with log.open("w") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=inherited | environment)
+    return Logged(command, log, inherited | environment)
 
 
 def compile_cache(folder: Path) -> dict[str, str]:
