@@ -211,12 +211,12 @@ def generate_text(arguments: argparse.Namespace) -> int:
 
 def plan_recipe(arguments: argparse.Namespace) -> int:
     """Compile for a topology and print what is needed."""
-    from maxkit.config import resolve
+    from maxkit.config import resolve, training
     from maxkit.plan.command import main as plan
 
     given = {name: (value, "command line") for name, value in _pairs(arguments.parameters).items()}
     config = resolve(arguments.recipe, file=arguments.config, given=given)
-    return plan(config, arguments.topology)
+    return plan(training(config), arguments.topology)
 
 
 def refresh_notebooks(arguments: argparse.Namespace) -> int:

@@ -10,16 +10,16 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from maxkit.data.config import DataConfig
 from maxkit.errors import UserError, nearest
 from maxkit.models.lora import LoraConfig
 from maxkit.optim.config import OptimizerConfig
-from maxkit.train.config import CheckpointConfig, TrainConfig
+from maxkit.train.config import LAYOUTS, RUN_DIR, CheckpointConfig, TrainConfig
 from maxkit.typed import convert, type_name
 
 SOURCES = ("file", "environment", "command line", "papermill", "notebook", "keyword")
@@ -37,11 +37,12 @@ NOT_PART_OF_THE_RUN_NAME = frozenset(
 )
 
 
-class RecipeConfig(DataConfig, OptimizerConfig, CheckpointConfig, TrainConfig):
-    """What every training recipe takes; a recipe adds its own fields and defaults."""
+class Parameters(BaseModel):
+    """What the parameters of every recipe are: typed, frozen, with a source for each that was given."""
 
     # strict: resolve() converts by type first, and a config built by hand must not turn True into 1 step.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    run_dir: str = Field("", description=RUN_DIR)
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @property
@@ -73,6 +74,10 @@ class RecipeConfig(DataConfig, OptimizerConfig, CheckpointConfig, TrainConfig):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.different().items())})"
 
     __str__ = __repr__
+
+
+class RecipeConfig(DataConfig, OptimizerConfig, CheckpointConfig, TrainConfig, Parameters):
+    """What every training recipe takes; a recipe adds its own fields and defaults."""
 
 
 class Sft(RecipeConfig):
@@ -130,10 +135,51 @@ class Pretrain(RecipeConfig):
         return self
 
 
+class Convert(Parameters):
+    """Conversion of a checkpoint to another format or layout, compared with its source and converted back."""
+
+    model: str = Field(
+        "smollm2-135m-instruct",
+        description="Model name or path that is converted, unless load_parameters_path is set.",
+    )
+    load_parameters_path: str | None = Field(None, description="Checkpoint that is converted.")
+    config: str | None = Field(None, description=TrainConfig.model_fields["config"].description)
+    to: Literal["maxkit", "hf", "maxtext-linen", "maxtext-nnx"] = Field(
+        "maxtext-linen", description="Format to write: ours, a Hugging Face folder, or one that MaxText restores."
+    )
+    scan_layers: bool | None = Field(
+        None,
+        description=f"The layout to write. {LAYOUTS} none: the one that is loaded from the source, or true where "
+        "the source has none.",
+    )
+    params_only: bool = Field(False, description="Leave optimizer state, counters and random numbers out.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Cast the weights; none: as stored. Optimizer state keeps its type."
+    )
+    unexpected: Literal["error", "warn"] = Field(
+        "error", description="What happens with tensors that the model does not use; warn leaves them out."
+    )
+    param_scan_axis: int | None = Field(
+        None, ge=0, le=1, description="Where MaxText's formats stack layers; none: as the source has it, or 1."
+    )
+    max_new_tokens: int = Field(24, ge=1, description="Tokens that both checkpoints write, to be compared.")
+
+    @property
+    def source(self) -> str:
+        """What is converted."""
+        return self.load_parameters_path or self.model
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> "Convert":
+        if not self.source.strip():
+            raise ValueError("model or load_parameters_path must name what is converted")
+        return self
+
+
 class RecipeEntry(NamedTuple):
     """One row of the registry. `smoke` is the smallest run that still does everything, for CI."""
 
-    config: type[RecipeConfig]
+    config: type[Parameters]
     title: str
     result: str
     notebook: str
@@ -155,10 +201,17 @@ RECIPES: dict[str, RecipeEntry] = {
         "pretrain.ipynb",
         {"steps": 3, "batch_size": 2, "seq_len": 64, "num_layers": 2, "embed_dim": 32, "mlp_dim": 64},
     ),
+    "convert": RecipeEntry(
+        Convert,
+        "Converting a checkpoint",
+        "SmolLM2-135M-Instruct for MaxText and back: equal weights, the same text, the same bytes",
+        "convert.ipynb",
+        {"max_new_tokens": 4},
+    ),
 }
 
 
-def find_recipe(recipe: str | type[RecipeConfig]) -> type[RecipeConfig]:
+def find_recipe(recipe: str | type[Parameters]) -> type[Parameters]:
     """The parameter class of a recipe's name (a class is returned as it is).
 
     Raises:
@@ -173,13 +226,13 @@ def find_recipe(recipe: str | type[RecipeConfig]) -> type[RecipeConfig]:
 
 
 def resolve(
-    recipe: str | type[RecipeConfig],
+    recipe: str | type[Parameters],
     *,
     file: str | Path | None = None,
     environ: Mapping[str, str] | None = None,
     given: Mapping[str, tuple[Any, str]] | None = None,
     problems: Iterable[str] = (),
-) -> RecipeConfig:
+) -> Parameters:
     """The frozen config of `recipe`: defaults, then `file` (YAML), then `environ`, then `given`; later wins.
 
     `given` maps a name to (value, source), the source out of `SOURCES`; `environ` None is `os.environ`.
@@ -214,6 +267,18 @@ def resolve(
     return config
 
 
+def training(config: Parameters) -> RecipeConfig:
+    """`config`, which must be that of a recipe that trains.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(config, RecipeConfig):
+        return config
+    trains = ", ".join(name for name, entry in RECIPES.items() if issubclass(entry.config, RecipeConfig))
+    raise UserError(f"recipe {config.recipe!r} trains nothing: this takes one of {trains}")
+
+
 def read_file(path: str | Path | None) -> dict[str, tuple[Any, str]]:
     """The settings of a YAML run file, as `resolve` takes them; {} for None.
 
@@ -245,7 +310,7 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
     }
 
 
-def parameter_table(recipe: str | type[RecipeConfig]) -> list[dict[str, Any]]:
+def parameter_table(recipe: str | type[Parameters]) -> list[dict[str, Any]]:
     """One row per parameter: name, type, default, meaning. For `--help` and the recipe's own table."""
     return [
         {
@@ -258,11 +323,11 @@ def parameter_table(recipe: str | type[RecipeConfig]) -> list[dict[str, Any]]:
     ]
 
 
-def _recipe_name(kind: type[RecipeConfig]) -> str:
+def _recipe_name(kind: type[Parameters]) -> str:
     return next((name for name, entry in RECIPES.items() if entry.config is kind), kind.__name__.lower())
 
 
-def _name_problem(kind: type[RecipeConfig], name: str, origin: str) -> str | None:
+def _name_problem(kind: type[Parameters], name: str, origin: str) -> str | None:
     if name in REFUSED:
         return REFUSED[name]
     if name in kind.model_fields:
@@ -271,7 +336,7 @@ def _name_problem(kind: type[RecipeConfig], name: str, origin: str) -> str | Non
     return f"unknown parameter {shown} ({origin}): {nearest(name, kind.model_fields)}"
 
 
-def _converted(kind: type[RecipeConfig], merged: Mapping[str, tuple[Any, str]]) -> tuple[dict[str, Any], list[str]]:
+def _converted(kind: type[Parameters], merged: Mapping[str, tuple[Any, str]]) -> tuple[dict[str, Any], list[str]]:
     """Each value as its field's type, and a line for each that cannot be."""
     values, problems = {}, []
     for name, (value, origin) in merged.items():
@@ -283,11 +348,11 @@ def _converted(kind: type[RecipeConfig], merged: Mapping[str, tuple[Any, str]]) 
 
 
 def _validated(
-    kind: type[RecipeConfig],
+    kind: type[Parameters],
     values: dict[str, Any],
     merged: Mapping[str, tuple[Any, str]],
     problems: list[str],
-) -> tuple[RecipeConfig | None, list[str]]:
+) -> tuple[Parameters | None, list[str]]:
     """The config, and `problems` with those of ranges added.
 
     Cross checks are left out while single values are wrong: they would complain about a default nobody chose.

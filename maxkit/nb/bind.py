@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from maxkit.config import REFUSED, SOURCES, RecipeConfig, find_recipe, resolve
+from maxkit.config import REFUSED, SOURCES, Parameters, find_recipe, resolve
 from maxkit.nb.cards import Card, parameters_card
 from maxkit.typed import convert
 
@@ -23,9 +23,7 @@ MARK = "# Parameters"
 SOURCES_VARIABLE = "MAXKIT__SOURCES"
 
 
-def bind(
-    recipe: str | type[RecipeConfig], parameters: Mapping[str, Any] | None = None, **keywords: Any
-) -> RecipeConfig:
+def bind(recipe: str | type[Parameters], parameters: Mapping[str, Any] | None = None, **keywords: Any) -> Parameters:
     """The config of `recipe` from the notebook's parameter cells, the environment and what is passed here.
 
     `parameters` and `keywords` have the source "keyword" and win over the notebook's cells. In a notebook
@@ -53,7 +51,7 @@ def executed_cells() -> list[str]:
 
 
 def cell_parameters(
-    recipe: str | type[RecipeConfig], cells: Iterable[str], handed_over: Mapping[str, str] | None = None
+    recipe: str | type[Parameters], cells: Iterable[str], handed_over: Mapping[str, str] | None = None
 ) -> tuple[dict[str, tuple[Any, str]], list[str]]:
     """({name: (value, source)}, problems) of the parameter cells among `cells`, in order of execution.
 
@@ -99,7 +97,7 @@ def read_cell(source: str) -> tuple[list[tuple[str, Any]], list[str]]:
     return assignments, problems
 
 
-def describe(config: RecipeConfig) -> Card:
+def describe(config: Parameters) -> Card:
     """What was given, beside the default, with its source."""
     sources = config.explicit
     rows = [
@@ -130,7 +128,7 @@ def _literal(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def _is_default(kind: type[RecipeConfig], name: str, value: Any) -> bool:
+def _is_default(kind: type[Parameters], name: str, value: Any) -> bool:
     """Whether a literal of the recipe's own cell says what the config says anyway."""
     if name in REFUSED or name not in kind.model_fields:
         return False

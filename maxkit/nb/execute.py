@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from maxkit import errors
-from maxkit.config import RECIPES, RecipeConfig, find_recipe, resolve
+from maxkit.config import RECIPES, Parameters, find_recipe, resolve
 from maxkit.errors import CheckFailed, UserError
 from maxkit.nb.bind import SOURCES_VARIABLE, cell_parameters
 from maxkit.nb.progress import HEADLESS_VARIABLE
@@ -51,7 +51,7 @@ class Stopped(Exception):
 class Prepared(NamedTuple):
     """A run that was checked; nothing was started yet."""
 
-    config: RecipeConfig
+    config: Parameters
     notebook: Path
     output: Path
     injected: dict[str, Any]

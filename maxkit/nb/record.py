@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from maxkit.config import RecipeConfig
+from maxkit.config import Parameters
 from maxkit.errors import UserError
 from maxkit.nb.checks import plain, rows
 
@@ -24,7 +24,7 @@ PACKAGES = ("maxkit", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gra
 
 def write_report(
     run_dir: str | Path,
-    config: RecipeConfig,
+    config: Parameters,
     *,
     steps_done: int,
     steps_this_run: int,

@@ -14,13 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from maxkit.config import RECIPES, RecipeConfig, parameter_table
+from maxkit.config import RECIPES, Parameters, parameter_table
 from maxkit.errors import CheckFailed, UserError
+from maxkit.train.config import SCAN_LAYERS
 
 # What people change first comes first; the rest follows in the order of the configuration.
 FIRST: tuple[str, ...] = ("run_dir", "model", "dataset", "steps", "batch_size", "seq_len", "learning_rate")
 FIRST += ("lora_rank", "scan_layers", "mesh", "seed")
-SHORT = {"scan_layers": "true, false or None: loaded from the checkpoint; an explicit value must match it"}
+SHORT = {SCAN_LAYERS: "true, false or None: loaded from the checkpoint; an explicit value must match it"}
 BEGIN, END = "<!-- parameters: begin (generated) -->", "<!-- parameters: end -->"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -59,7 +60,7 @@ def refresh(notebook: str | Path) -> dict[str, Any] | None:
     return record
 
 
-def parameters_source(kind: type[RecipeConfig], title: str) -> str:
+def parameters_source(kind: type[Parameters], title: str) -> str:
     """The source of a recipe's parameters cell: `title`, then one line for each field."""
     table = {row["name"]: row for row in parameter_table(kind)}
     names = [name for name in FIRST if name in table] + [name for name in table if name not in FIRST]
@@ -67,14 +68,14 @@ def parameters_source(kind: type[RecipeConfig], title: str) -> str:
 
 
 def _assignment(row: dict[str, Any]) -> str:
-    value, meaning = row["default"], SHORT.get(row["name"], row["meaning"]).rstrip(".")
+    value, meaning = row["default"], SHORT.get(row["meaning"], row["meaning"]).rstrip(".")
     shown = json.dumps(value) if isinstance(value, str) else repr(value)
     # papermill reads the type from the annotation; of None there is none to give.
     kind = f": {type(value).__name__}" if value is not None else ""
     return f"{row['name']}{kind} = {shown}  # {meaning}"
 
 
-def parameters_details(kind: type[RecipeConfig]) -> str:
+def parameters_details(kind: type[Parameters]) -> str:
     """The table of all parameters, folded, between its two comments."""
     rows = [[f"`{r['name']}`", r["type"], f"`{r['default']!r}`", r["meaning"]] for r in parameter_table(kind)]
     head = ["| name | type | default | meaning |", "| --- | --- | --- | --- |"]
@@ -82,7 +83,7 @@ def parameters_details(kind: type[RecipeConfig]) -> str:
     return "\n".join([BEGIN, "<details><summary>All parameters</summary>", "", *head, *body, "", "</details>", END])
 
 
-def _generate(book: Any, kind: type[RecipeConfig]) -> None:
+def _generate(book: Any, kind: type[Parameters]) -> None:
     for cell in book.cells:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = parameters_source(kind, cell.source.splitlines()[0])

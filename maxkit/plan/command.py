@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maxkit.config import RecipeConfig, resolve
+from maxkit.config import RecipeConfig, resolve, training
 from maxkit.errors import UserError
 from maxkit.plan import topology as topologies
 from maxkit.plan.report import Plan
@@ -34,7 +34,7 @@ def plan(recipe: str | RecipeConfig, topology: str, given: Mapping[str, Any] | N
             libtpu is not installed.
     """
     topologies.check_name(topology)
-    cfg = resolve(recipe, given=_as_keywords(given)) if isinstance(recipe, str) else recipe
+    cfg = training(resolve(recipe, given=_as_keywords(given))) if isinstance(recipe, str) else recipe
     values = cfg.model_dump(mode="json")
     given_there = {name: (values[name], origin) for name, origin in cfg.explicit.items()}
     request = {"recipe": cfg.recipe, "given": given_there, "topology": topology}

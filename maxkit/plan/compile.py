@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from maxkit import build
 from maxkit import mesh as meshes
-from maxkit.config import RecipeConfig, resolve
+from maxkit.config import RecipeConfig, resolve, training
 from maxkit.errors import UserError
 from maxkit.models.kernels import attention_kernels
 from maxkit.plan import hlo, topology
@@ -136,7 +136,7 @@ def main() -> int:
     answer: dict[str, Any]
     try:
         given = {name: tuple(pair) for name, pair in request["given"].items()}
-        cfg = resolve(request["recipe"], environ={}, given=given)
+        cfg = training(resolve(request["recipe"], environ={}, given=given))
         answer = {"plan": compile_plan(cfg, request["topology"]).to_dict()}
     except UserError as error:
         answer = {"refused": str(error)}

@@ -7,10 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from maxkit.mesh_axes import parse_sizes
 
-SCAN_LAYERS = (
+LAYOUTS = (
     "true: equal blocks are one stacked set of arrays run by lax.scan, fast to compile; false: one set of "
-    "arrays per layer, advised with pipeline parallelism. It is loaded from the checkpoint; an explicit value"
-    " must match what is stored, or a ValueError is raised. none: as stored, or true where nothing is stored."
+    "arrays per layer, advised with pipeline parallelism."
+)
+SCAN_LAYERS = (
+    f"{LAYOUTS} It is loaded from the checkpoint; an explicit value must match what is stored, or a ValueError "
+    "is raised. none: as stored, or true where nothing is stored."
 )
 RUN_DIR = (
     "Folder of the run; a run found there is continued. Empty: runs/RECIPE, with a suffix that depends on "

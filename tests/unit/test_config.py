@@ -2,11 +2,25 @@
 """Sources, conversion by type, and the one error with all problems."""
 
 import itertools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 
-from maxkit.config import RECIPES, REFUSED, SOURCES, Pretrain, RecipeConfig, Sft, parameter_table, resolve
+from maxkit.checkpoint.conversion_plan import TARGETS
+from maxkit.cli import CONVERT_TARGETS
+from maxkit.config import (
+    RECIPES,
+    REFUSED,
+    SOURCES,
+    Convert,
+    Parameters,
+    Pretrain,
+    RecipeConfig,
+    Sft,
+    parameter_table,
+    resolve,
+    training,
+)
 from maxkit.errors import UserError
 from maxkit.typed import convert, type_name
 
@@ -36,7 +50,7 @@ def test_the_smoke_parameters_are_valid(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [entry.config for entry in RECIPES.values()])
-def test_every_field_has_a_description_and_a_default(kind: type[RecipeConfig]) -> None:
+def test_every_field_has_a_description_and_a_default(kind: type[Parameters]) -> None:
     for row in parameter_table(kind):
         assert row["meaning"].endswith("."), row
         assert kind.model_fields[row["name"]].is_required() is False
@@ -48,7 +62,23 @@ def test_recipes_take_the_stable_parameters() -> None:
         steps batch_size
         gradient_accumulation_steps seq_len learning_rate mesh""".split()
     for entry in RECIPES.values():
-        assert set(stable) <= set(entry.config.model_fields)
+        if issubclass(entry.config, RecipeConfig):
+            assert set(stable) <= set(entry.config.model_fields)
+
+
+def test_what_trains_nothing_is_refused_where_a_training_step_is_needed() -> None:
+    assert training(resolve("sft", environ={})).recipe == "sft"
+    with pytest.raises(UserError, match="recipe 'convert' trains nothing: this takes one of sft, pretrain"):
+        training(resolve("convert", environ={}))
+
+
+def test_convert_takes_what_can_be_written_and_needs_a_source() -> None:
+    assert get_args(Convert.model_fields["to"].annotation) == TARGETS == CONVERT_TARGETS
+    assert "did you mean 'maxtext-linen'" in refusal("convert", to="maxtext_linen")
+    assert "must name what is converted" in refusal("convert", model=" ")
+    assert "unknown parameter 'steps'" in refusal("convert", steps=3)
+    config = resolve("convert", environ={}, given=given(load_parameters_path="a/b", scan_layers="false", dtype="none"))
+    assert (config.source, config.scan_layers, config.dtype) == ("a/b", False, None)
 
 
 @pytest.mark.parametrize("text", ["false", "False", "FALSE", " no ", "off", "0", 0, False])
