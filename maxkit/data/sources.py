@@ -90,6 +90,15 @@ def documents(dataset: str, report: RowReport, *, seed: int = 0) -> Iterator[str
         yield text
 
 
+def records(dataset: str) -> Iterator[_Raw]:
+    """Yield the rows of a file, a folder or `hf:OWNER/NAME[:SPLIT]` as (source, row, value), unchecked.
+
+    `value` is a `BadRow` where a row could not be decoded.
+    Raises `UserError` where the source is missing or unreadable.
+    """
+    return _hub_rows(dataset) if dataset.startswith("hf:") else _path_rows(dataset, "records")
+
+
 def to_messages(record: Any) -> list[Message]:
     """The messages of one chat row, in any of the accepted spellings. Raises `BadRow`."""
     record = _mapping(record)

@@ -27,13 +27,14 @@ def token_logps(
     *,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    attention_mask: jax.Array | None = None,
     temperature: float | jax.Array = 1.0,
 ) -> jax.Array:
     """[B, T] float32: log softmax(logits / temperature) of `targets` after `tokens`, both [B, T], in nats.
 
     For use inside a traced function. Entries at padding (segment 0) mean nothing. `temperature` is above 0.
     """
-    hidden = model.hidden(tokens, positions, segment_ids=segment_ids)
+    hidden = model.hidden(tokens, positions, attention_mask=attention_mask, segment_ids=segment_ids)
     rows, length = tokens.shape
     tile = min(TILE, length)
     pad = -length % tile
