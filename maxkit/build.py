@@ -27,7 +27,7 @@ class Blueprint:
     """What a run is made of before anything has a value.
 
     source holds the weights to start from (None: from scratch), `start` its path or name. `notes` say how the layout
-    was decided.
+    was decided and what else the source says of itself.
     """
 
     definition: ModelDefinition
@@ -62,6 +62,7 @@ def blueprint(
     origin = cfg.explicit.get("scan_layers", "default")
     given = cfg.scan_layers if "scan_layers" in cfg.explicit else None
     scan_layers, note = load.resolve_scan_layers(stored, given, origin, place)
+    evidence = load.stated_by(source, start or "") if source is not None and stored_scan_layers is None else []
     if cfg.seq_len > config.max_seq_len:
         raise UserError(
             f"seq_len={cfg.seq_len} is longer than the model allows: max_seq_len={config.max_seq_len} "
@@ -87,7 +88,7 @@ def blueprint(
         optimizer=make_optimizer(cfg, max(cfg.steps, 1), trained),
         source=source,
         start=start,
-        notes=(note,),
+        notes=(note, *evidence),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from maxkit.checkpoint.inspect import as_path
 from maxkit.data.config import DataConfig
 from maxkit.errors import UserError, nearest
 from maxkit.models.lora import LoraConfig
@@ -60,7 +61,10 @@ class Parameters(BaseModel):
     def run_folder(self) -> Path:
         """Where the run lives: `run_dir`, or a folder named after what differs from the defaults."""
         if self.run_dir:
-            return Path(self.run_dir).expanduser().absolute()
+            folder = as_path(self.run_dir)
+            if not isinstance(folder, Path):
+                raise UserError(f"run_dir={self.run_dir}: a run writes into a local folder; copy it from there")
+            return folder.absolute()
         named = {k: v for k, v in self.different().items() if k not in NOT_PART_OF_THE_RUN_NAME}
         digest = hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()[:8]
         return Path("runs", f"{self.recipe}-{digest}" if named else self.recipe).absolute()

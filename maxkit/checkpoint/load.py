@@ -17,10 +17,10 @@ from maxkit.checkpoint.open import (
     Description,
     check_config,
     check_same,
-    layout_evidence,
     open_contents,
     open_weights,
     resolve_scan_layers,
+    stated_by,
 )
 from maxkit.checkpoint.parameters import Policy, read_params
 from maxkit.data.tokenizer import Tokenizer
@@ -41,6 +41,7 @@ __all__ = [
     "open_weights",
     "read_params",
     "resolve_scan_layers",
+    "stated_by",
 ]
 
 Source = Contents
@@ -106,8 +107,7 @@ def load(
     execution = Execution(scan_layers=resolved, dtype="bfloat16" if weights == "bfloat16" else "float32")
     definition = ModelDefinition(source.config, execution, getattr(source, "lora", None), weights)
     mesh = meshes.make_mesh(mesh) if isinstance(mesh, str) else mesh
-    report = [f"{path_or_model_name}: format {source.format}", line, *layout_evidence(source, path_or_model_name)]
-    report += [f"{name}: {fact}" for name, fact in source.facts.items()]
+    report = [f"{path_or_model_name}: format {source.format}", line, *stated_by(source, path_or_model_name)]
     params = read_params(
         source, definition, mesh, missing=missing, unexpected=unexpected, report=report, cast=dtype is not None
     )

@@ -143,9 +143,10 @@ def resolve_scan_layers(stored: bool | None, explicit: bool | None, origin: str,
     return stored, f"scan_layers={stored} (loaded from the checkpoint)"
 
 
-def layout_evidence(source: Contents, where: str | Path) -> list[str]:
-    """Lines on what the layout rests on where the checkpoint's metadata did not settle it."""
+def stated_by(source: Contents, where: str | Path) -> list[str]:
+    """Lines on what the layout rests on, where a foreign format records it, and on what else the source says."""
+    facts = [f"{name}: {fact}" for name, fact in source.facts.items()]
     if source.format in ("maxkit", "hf", "gguf", "memory"):
-        return []
+        return facts
     found = inspect.describe(where)["metadata"].get("evidence", [])
-    return [line for line in found if line.startswith("scan_layers:") and "custom_metadata has" not in line]
+    return [line for line in found if line.startswith("scan_layers:") and "custom_metadata has" not in line] + facts

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from maxkit import build, distributed, nb
 from maxkit import mesh as meshes
-from maxkit.checkpoint import load
+from maxkit.checkpoint import inspect, load
 from maxkit.checkpoint.manifest import GroupRecord, RunRecord
 from maxkit.checkpoint.store import CheckpointStore, set_iterator_state
 from maxkit.config import NOT_PART_OF_THE_RUN_NAME, Pretrain, RecipeConfig
@@ -99,6 +99,7 @@ class Run:
         distributed.initialize()
         self.primary = jax.process_index() == 0
         self.folder: Path = cfg.run_folder
+        _check_run_dir(self.folder)
         self.mesh: Mesh = meshes.make_mesh(cfg.mesh)
         self._rows_index, self._rows_count = meshes.process_rows(self.mesh)
         self.store = CheckpointStore(
@@ -496,6 +497,25 @@ class Run:
         )
         self.store.close()
         return record
+
+
+def _check_run_dir(folder: Path) -> None:
+    """Refuse a folder that holds a checkpoint but is not its run: nobody would look for a run in there.
+
+    Raises:
+        UserError: it is a part of a run, or the checkpoint of another program.
+    """
+    try:
+        found = inspect.find(folder)
+    except UserError:  # nothing yet, or nothing whole
+        return
+    if found.kind == "maxkit" and found.path.parent == folder / "checkpoints":
+        return
+    if found.kind == "maxkit" and found.path.parent.name == "checkpoints":
+        what, way = "is a part of a run", f"run_dir={found.path.parent.parent} continues that run"
+    else:
+        what, way = "holds a checkpoint of another program", "give another run_dir"
+    raise UserError(f"run_dir={folder} {what}: {way}, load_parameters_path={folder} starts a new one from its weights")
 
 
 def _check_same_run(cfg: RecipeConfig, before: dict[str, Any], folder: Path) -> None:
