@@ -14,20 +14,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from maxkit.data import verify
 from maxkit.errors import UserError, nearest
 
 THINK_AND_ANSWER = r"<think>.*?</think>\s*<answer>.*?</answer>"
-
-# A sign belongs to the number unless it follows one ("3-4"); groups of three digits may have commas.
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)])[-+\u2212])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
-    r"(?:[eE][-+]?[0-9]{1,4}(?![0-9]))?"
-)
 
 
 # ---------------------------------------------------------------- one answer
@@ -40,28 +34,17 @@ def exact(completion: str, answer: str, *, tag: str | None = None) -> float:
     """
     if tag is not None:
         found = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", completion, re.DOTALL)
-        if not found:
-            return 0.0
-        completion = found[-1]
-    return float(completion.strip() == answer.strip())
+        return float(bool(found) and verify.exact(found[-1], answer))
+    return float(verify.exact(completion, answer))
 
 
 def last_number(completion: str, answer: str) -> float:
-    """1 if the last number in the answer equals the last one in the reference ("1,000.0" is 1000); else 0.
+    """1 if the last number in the answer has the reference's value (`data.verify.last_number`); else 0.
 
     Raises:
-        ValueError: the reference holds no number.
+        ValueError: the reference is not a number.
     """
-    wanted, found = read_last_number(answer), read_last_number(completion)
-    if wanted is None:
-        raise ValueError(f"the reference {answer!r} holds no number")
-    return float(found is not None and found == wanted)
-
-
-def read_last_number(text: str) -> Decimal | None:
-    """The last number in a text, exactly as written; None where there is none."""
-    found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
+    return float(verify.last_number(completion, answer))
 
 
 def matches(completion: str, *, pattern: str = THINK_AND_ANSWER) -> float:
@@ -89,12 +72,9 @@ def length(num_tokens: int, *, limit: int) -> float:
     return min(1.0, max(0.0, 2.0 - num_tokens / limit))
 
 
-def contains(completion: str, answer: str | None = None, *, text: str | None = None) -> float:
-    """1 if `text`, or else the reference, occurs in the answer; upper and lower case differ."""
-    wanted = answer if text is None else text
-    if wanted is None:
-        raise ValueError("neither a text nor a reference to look for")
-    return float(wanted in completion)
+def contains(completion: str, answer: str) -> float:
+    """1 if the reference, or the text in parentheses, occurs as whole words (`data.verify.contains`); else 0."""
+    return float(verify.contains(completion, answer))
 
 
 def is_json(completion: str, *, keys: Sequence[str] = ()) -> float:
@@ -174,7 +154,7 @@ BUILTIN: dict[str, _Builtin] = {
     "format": _Builtin(matches, _pattern),
     "tags": _Builtin(tags, lambda text: {"names": _names(text)}, required=True),
     "length": _Builtin(length, lambda text: {"limit": _count(text)}, required=True),
-    "contains": _Builtin(contains, lambda text: {"text": text}),
+    "contains": _Builtin(contains, lambda text: {"answer": text}),
     "json": _Builtin(is_json, lambda text: {"keys": _names(text)}),
     "reasoning_gym": _Builtin(reasoning_gym),
 }
@@ -227,21 +207,26 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in (*parts, text[start:]) if part.strip()]
 
 
+_ITEM = re.compile(
+    r"(?P<name>[A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)"  # a reward, or package.module:function
+    r"(?:\((?P<argument>.*)\))?(?::(?P<weight>[^:()]*))?",
+    re.DOTALL,
+)
+
+
 def _parse(item: str) -> Reward:
-    form = re.fullmatch(
-        r"(?P<name>[A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)(?:\((?P<argument>.*)\))?(?::(?P<weight>[^:()]*))?",
-        item,
-        re.DOTALL,
-    )
+    form = _ITEM.fullmatch(item)
     if form is None:
         raise UserError(f"rewards: {item!r} is not NAME, NAME:WEIGHT or NAME(ARGUMENT):WEIGHT")
-    name, argument = form["name"], form["argument"]
+    name, argument, written = form["name"], form["argument"], form["weight"]
+    if name.partition(":")[0] in BUILTIN and ":" in name:  # a weight in letters
+        name, _, written = name.partition(":")
     try:
-        weight = float(form["weight"]) if form["weight"] is not None else 1.0
+        weight = float(written) if written is not None else 1.0
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise UserError(f"rewards: {item!r} has the weight {form['weight']!r}, which is not a number")
+        raise UserError(f"rewards: {item!r} has the weight {written!r}, which is not a number")
     if ":" in name:
         if argument is not None:
             raise UserError(f"rewards: {name} takes no argument in parentheses")
@@ -265,8 +250,6 @@ def _builtin_reward(name: str, argument: str | None, weight: float) -> Reward:
             raise UserError(f"rewards: {name}({argument}): {error}") from None
     needs = [n for n, p in inspect.signature(function).parameters.items() if p.default is inspect.Parameter.empty]
     needs = [n for n in needs if n not in given]
-    if name == "contains" and not given:
-        needs.append("answer")
     return Reward(name, functools.partial(function, **given), weight, tuple(needs))
 
 
@@ -277,7 +260,8 @@ def _user_reward(name: str, weight: float) -> Reward:
     except ImportError as error:
         raise UserError(f"rewards: {module} cannot be imported: {error}") from None
     except AttributeError:
-        known = [n for n, value in vars(importlib.import_module(module)).items() if callable(value)]
+        members = vars(importlib.import_module(module)).items()
+        known = [n for n, value in members if inspect.isfunction(value) and not n.startswith("_")]
         raise UserError(f"rewards: {module} has no function {attribute!r}; {nearest(attribute, known)}") from None
     if not callable(function):
         raise UserError(f"rewards: {name} is a {type(function).__name__}, not a function")
