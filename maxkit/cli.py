@@ -121,7 +121,8 @@ def run_recipe(arguments: argparse.Namespace) -> int:
         record = execute(run)
     except Stopped as stopped:
         return _refuse(stopped, stopped.exit_code)
-    print(f"{record['steps_this_run']} updates now, {record['steps_done']} in all", end="\n\n")
+    if "steps" in record["parameters"]:
+        print(f"{record['steps_this_run']} updates now, {record['steps_done']} in all", end="\n\n")
     print(checks_card(record["checks"]).text, end="\n\n")
     print(f"notebook   {run.output}\nrecord     {run.config.run_folder / 'report.json'}")
     return 0

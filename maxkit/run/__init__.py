@@ -1,7 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of recipes: what notebooks and scripts call. `session.py` is a run, `cards.py` what it shows of itself."""
+"""Runs of recipes: what notebooks and scripts call. `session.py` is a run that trains, `conversion.py` one that
+converts, `cards.py` what they show of themselves.
+"""
 
 from maxkit.run.cards import describe_artifacts
+from maxkit.run.conversion import ConversionRun, RoundTrip, start_conversion
 from maxkit.run.session import Assessment, Evaluation, Run, start
 
-__all__ = ["Assessment", "Evaluation", "Run", "describe_artifacts", "start"]
+__all__ = [
+    "Assessment",
+    "ConversionRun",
+    "Evaluation",
+    "RoundTrip",
+    "Run",
+    "describe_artifacts",
+    "start",
+    "start_conversion",
+]
