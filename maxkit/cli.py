@@ -145,7 +145,9 @@ def inspect_checkpoint(arguments: argparse.Namespace) -> int:
 def convert_checkpoint(arguments: argparse.Namespace) -> int:
     """Write a checkpoint in another format or layout, or say how it would be."""
     from maxkit.checkpoint.convert import convert
+    from maxkit.checkpoint.freed_memory import return_freed_memory
 
+    return_freed_memory()
     done = convert(
         arguments.source,
         arguments.destination,
@@ -173,7 +175,9 @@ def convert_checkpoint(arguments: argparse.Namespace) -> int:
 def compare_checkpoints(arguments: argparse.Namespace) -> int:
     """Say what differs: exit code 0 where nothing does, 1 where something does."""
     from maxkit.checkpoint.compare import compare
+    from maxkit.checkpoint.freed_memory import return_freed_memory
 
+    return_freed_memory()
     found = compare(
         arguments.a,
         arguments.b,

@@ -17,7 +17,7 @@ import tensorstore as ts
 from maxkit.checkpoint import manifest as manifests
 from maxkit.errors import UserError
 
-_CHUNK_BYTES = 32 << 20  # of an array that is one tensor; a stack has a chunk for each layer at least
+_CHUNK_BYTES = 16 << 20  # of an array that is one tensor; a stack has a chunk for each layer at least
 _COMMIT_BYTES = 16 << 20  # held in memory until they are written together
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.errors import UserError
+from maxkit.formats.mapped import MappedFile
 from maxkit.formats.tables import TABLES, Address, Table, find_table
 from maxkit.models.config import ModelConfig, RopeScaling
 
@@ -148,11 +149,10 @@ class GGUFFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as stream:
-                self._data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = MappedFile(self.path)
         except (OSError, ValueError) as error:  # mmap of an empty file is a ValueError
             raise UserError(f"{self.path}: cannot be read as a GGUF file: {error}") from None
-        cursor = _Cursor(self._data, self.path)
+        cursor = _Cursor(self._file.data, self.path)
         num_tensors, num_keys = self._header(cursor)
         self.metadata = self._metadata(cursor, num_keys)
         self.tensors = self._directory(cursor, num_tensors)
@@ -244,7 +244,7 @@ class GGUFFile:
                 f"{self.path}: tensor {name!r} is stored as {info.type}; supported are {', '.join(_BLOCKS)}. "
                 "Use a file quantised to one of these, or the safetensors of the model"
             )
-        raw = np.frombuffer(self._data, np.uint8, count=info.num_bytes, offset=info.start)
+        raw = self._file.view(np.dtype(np.uint8), info.start, info.num_bytes)
         return dequantize(raw, info.type).reshape(info.shape)
 
 

@@ -28,7 +28,7 @@ Parts = tuple[str, ...]
 METADATA, STEP_METADATA, COMMIT = "_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"
 EMPTY = ("None", "Dict", "List", "Tuple")  # value types without an array
 SEQUENCE, MAPPING = 1, 2  # kinds of a path's parts
-_COMMIT_BYTES = 64 * 2**20  # of small arrays together, and of a piece of a large one
+_COMMIT_BYTES = 16 * 2**20  # of small arrays together, and of a piece of a large one
 _ONE_DEVICE = {
     "sharding_type": "NamedSharding",
     "shape": [1],

@@ -10,7 +10,6 @@ names mean (`huggingface.py`).
 import contextlib
 import json
 import math
-import mmap
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from maxkit.errors import UserError
+from maxkit.formats.mapped import MappedFile
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -58,10 +58,10 @@ class SafetensorsFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as stream:
-                self._data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = MappedFile(self.path)
         except (OSError, ValueError) as error:  # mmap of an empty file is a ValueError
             raise UserError(f"{self.path}: cannot be read as a safetensors file: {error}") from None
+        self._data = self._file.data
         header, begin = self._header()
         self.metadata = header.pop("__metadata__", None) or {}
         self.entries = {name: self._entry(name, value, begin) for name, value in header.items()}
@@ -120,8 +120,7 @@ class SafetensorsFile:
         entry = self.entries[name]
         if entry.dtype not in _PARTS:
             raise UserError(f"{self.path}: tensor {name!r} is stored as {entry.dtype}, which no weight is made of")
-        flat = np.frombuffer(self._data, _PARTS[entry.dtype], count=math.prod(entry.shape), offset=entry.start)
-        return flat.reshape(entry.shape)
+        return self._file.view(_PARTS[entry.dtype], entry.start, math.prod(entry.shape)).reshape(entry.shape)
 
 
 class SafetensorsWriter:
