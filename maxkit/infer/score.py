@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maxkit import mesh as meshes
+from maxkit import ops
 from maxkit.errors import UserError
 from maxkit.infer.engine import _bucket
 from maxkit.models.decoder import Decoder
@@ -32,27 +33,20 @@ def token_logps(
 ) -> jax.Array:
     """[B, T] float32: log softmax(logits / temperature) of `targets` after `tokens`, both [B, T], in nats.
 
-    For use inside a traced function. Entries at padding (segment 0) mean nothing. `temperature` is above 0.
+    For use inside a traced function; 0 at padding (segment 0). `temperature` is above 0.
     """
     hidden = model.hidden(tokens, positions, attention_mask=attention_mask, segment_ids=segment_ids)
-    rows, length = tokens.shape
-    tile = min(TILE, length)
-    pad = -length % tile
-
-    def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(rows, -1, tile, *x.shape[2:]).swapaxes(0, 1)  # (tiles, B, t, ...)
-
-    def of_tile(pair):
-        x, y = pair
-        logits = model.head(x) / temperature
-        hits = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == y[..., None]
-        # A comparison instead of a gather: V may be sharded, and a gather along a sharded axis is refused.
-        picked = jnp.sum(jnp.where(meshes.constrain(hits, "BTV"), logits, 0.0), axis=-1)
-        return picked - jax.nn.logsumexp(logits, axis=-1)
-
-    logps = jax.lax.map(of_tile, (cut(hidden.x), cut(targets)))
-    return logps.swapaxes(0, 1).reshape(rows, -1)[:, :length]
+    x, table = model.head_operands(hidden.x)
+    logps, _ = ops.token_logps(
+        x,
+        table,
+        targets,
+        jnp.ones_like(tokens) if segment_ids is None else segment_ids,
+        num_tiles=-(-tokens.shape[1] // TILE),
+        temperature=temperature,
+        soft_cap=model.config.final_soft_cap,
+    )
+    return logps
 
 
 def sequence_logps(

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Array functions without parameters: attention, tiled cross entropy.
+"""Array functions without parameters: attention, tiled functions of logits.
 
 The functions carry the names of their files, so they are imported at once: a lazy name would be shadowed by its module.
 """
 
 from maxkit.ops.attention import AttentionCall, KernelChoice, attention, choose_kernel, reference_attention
 from maxkit.ops.cross_entropy import cross_entropy
+from maxkit.ops.token_logps import token_logps
 from maxkit.ops.visibility import Span, Visibility
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "choose_kernel",
     "cross_entropy",
     "reference_attention",
+    "token_logps",
 ]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from maxkit import mesh
+from maxkit.ops.head_tiles import check_num_tiles, cut, hits, instantiate, join, picked, project, soft_capped
 
 
 def cross_entropy(
@@ -44,9 +45,7 @@ def cross_entropy(
 
     Checked against the untiled computation with autodiff, 1e-5 in float32 (tests/unit/test_cross_entropy.py).
     """
-    if not 1 <= num_tiles:
-        raise ValueError(f"num_tiles={num_tiles} must be at least 1")
-    num_tiles = min(num_tiles, hidden.shape[1])
+    num_tiles = check_num_tiles(num_tiles, hidden.shape[1])
     return _tiled(hidden, head, targets, mask.astype(jnp.float32), num_tiles, z_loss, soft_cap, mesh.layout(head))
 
 
@@ -59,7 +58,7 @@ def _tiled(hidden, head, targets, mask, num_tiles, z_loss, soft_cap, head_layout
         logits, lse = _logits(h, head, soft_cap)
         return None, _losses(logits, lse, y, m, z_loss)
 
-    _, losses = jax.lax.scan(body, None, _tiles(num_tiles, hidden, targets, mask))
+    _, losses = jax.lax.scan(body, None, cut((hidden, targets, mask), num_tiles))
     return _sums(losses, hidden.shape[1])
 
 
@@ -75,7 +74,7 @@ def _forward(hidden, head, targets, mask, num_tiles, z_loss, soft_cap, head_layo
         logits, lse = _logits(h, table, soft_cap)
         losses = _losses(logits, lse, y, m, z_loss)
         p = jnp.exp(logits - lse[..., None])
-        d_logits = [jnp.where(_hits(logits, y), p - 1.0, p) * m[..., None]]
+        d_logits = [jnp.where(hits(logits, y), p - 1.0, p) * m[..., None]]
         if z_loss:
             d_logits.append(p * (2.0 * z_loss * lse * m)[..., None])
         if soft_cap is not None:
@@ -90,15 +89,15 @@ def _forward(hidden, head, targets, mask, num_tiles, z_loss, soft_cap, head_layo
         return d_heads, (losses, d_hiddens)
 
     start = [mesh.zeros(head.shape, jnp.float32, "VD", like=head_layout) for _ in range(outputs if train_head else 0)]
-    d_heads, (losses, d_hiddens) = jax.lax.scan(body, start, _tiles(num_tiles, hidden, targets, mask))
-    d_hiddens = [_untile(d, hidden.shape[1]) for d in d_hiddens]
+    d_heads, (losses, d_hiddens) = jax.lax.scan(body, start, cut((hidden, targets, mask), num_tiles))
+    d_hiddens = [join(d, hidden.shape[1]) for d in d_hiddens]
     types = jnp.zeros((), head.dtype)
     return _sums(losses, hidden.shape[1]), (d_hiddens, d_heads, types)
 
 
 def _backward(num_tiles, z_loss, soft_cap, head_layout, residuals, cotangents):
     d_hiddens, d_heads, types = residuals
-    scales = [_instantiate(c) for c in cotangents][: len(d_hiddens)]
+    scales = [instantiate(c) for c in cotangents][: len(d_hiddens)]
     d_hidden = sum(s * d.astype(jnp.float32) for s, d in zip(scales, d_hiddens, strict=True))
     d_head = sum(s * d for s, d in zip(scales, d_heads, strict=True)).astype(types.dtype) if d_heads else None
     return d_hidden.astype(d_hiddens[0].dtype), d_head, None, None
@@ -107,51 +106,19 @@ def _backward(num_tiles, z_loss, soft_cap, head_layout, residuals, cotangents):
 _tiled.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _instantiate(cotangent) -> jax.Array:
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(cotangent.shape, jnp.float32)
-    return cotangent
-
-
 def _logits(h, table, soft_cap):
     """[B, t, V] float32 logits of one tile and their logsumexp [B, t]."""
-    logits = mesh.einsum("BTD,VD->BTV", h, table, preferred_element_type=jnp.float32)
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    logits = soft_capped(project(h, table), soft_cap)
     return logits, jax.nn.logsumexp(logits, axis=-1)
-
-
-def _hits(logits, y):
-    # A comparison instead of a gather: V may be sharded, and a gather along a sharded axis is refused.
-    hits = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == y[..., None]
-    return mesh.constrain(hits, "BTV")
 
 
 def _losses(logits, lse, y, m, z_loss):
     """Per token [B, t]; padding tokens have m = 0."""
-    picked = jnp.sum(jnp.where(_hits(logits, y), logits, 0.0), axis=-1)
-    return (lse - picked) * m, z_loss * lse * lse * m
+    return (lse - picked(logits, y)) * m, z_loss * lse * lse * m
 
 
 def _sums(losses, length):
     # Over [B, T] as it was before it was cut, and not fused with the undoing of the cut: then the order of the
     # sum, hence its rounding, does not depend on the number of tiles.
-    nll, z = (jnp.sum(jax.lax.optimization_barrier(_untile(x, length))) for x in losses)
+    nll, z = (jnp.sum(jax.lax.optimization_barrier(join(x, length))) for x in losses)
     return nll, z
-
-
-def _tiles(num_tiles, hidden, targets, mask):
-    """Each [B, T, ...] as [num_tiles, B, t, ...], T padded with masked tokens; tiles never cut the sharded B."""
-    size = -(-hidden.shape[1] // num_tiles)
-    pad = size * num_tiles - hidden.shape[1]
-
-    def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(x.shape[0], num_tiles, size, *x.shape[2:]).swapaxes(0, 1)  # (n, B, t, ...)
-
-    return cut(hidden), cut(targets), cut(mask)
-
-
-def _untile(x, length):
-    n, rows, size = x.shape[:3]
-    return x.swapaxes(0, 1).reshape(rows, n * size, *x.shape[3:])[:, :length]  # (B, T, D)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import all_logits, shapes
 from tiny_models import tiny, weights
 
 from maxkit import ops
@@ -309,27 +310,6 @@ def test_lora_adapters_get_their_gradient_through_the_frozen_head():
 # ---------------------------------------------------------------- what is never materialised
 
 
-def equations(jaxpr):
-    """All equations of a jaxpr and of every jaxpr inside its equations' parameters."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
-
-
-def shapes(function, *arguments):
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    return {tuple(v.aval.shape) for eqn in equations(jaxpr) for v in (*eqn.invars, *eqn.outvars) if hasattr(v, "aval")}
-
-
-def all_logits(found, rows, length):
-    """The shapes that hold at least as many logits as a whole batch has: V times (nearly) all tokens."""
-    return {shape for shape in found if V in shape and np.prod(shape) >= V * rows * length}
-
-
 @pytest.mark.parametrize("frozen_head", [False, True])
 def test_no_array_holds_the_logits_of_all_tokens(frozen_head):
     # Sizes such that only logits can be as large: V * B * T = 37 * 4 * 24; the largest weight has 37 * 16.
@@ -347,9 +327,9 @@ def test_no_array_holds_the_logits_of_all_tokens(frozen_head):
         return jax.value_and_grad(loss)(trained)
 
     for num_tiles in (2, 3, 7):
-        assert not all_logits(shapes(functools.partial(step, num_tiles=num_tiles), trained, base), 4, 24)
+        assert not all_logits(shapes(functools.partial(step, num_tiles=num_tiles), trained, base), 4, 24, V)
     # The search itself finds them where they are.
-    assert all_logits(shapes(functools.partial(step, num_tiles=1), trained, base), 4, 24)
+    assert all_logits(shapes(functools.partial(step, num_tiles=1), trained, base), 4, 24, V)
 
 
 def test_it_runs_inside_jit_scan_and_remat():
