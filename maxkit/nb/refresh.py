@@ -14,14 +14,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from maxkit.config import RECIPES, Parameters, parameter_table
+from maxkit.config import RECIPES, Convert, Parameters, parameter_table
 from maxkit.errors import CheckFailed, UserError
 from maxkit.train.config import SCAN_LAYERS
 
 # What people change first comes first; the rest follows in the order of the configuration.
 FIRST: tuple[str, ...] = ("run_dir", "model", "dataset", "steps", "batch_size", "seq_len", "learning_rate")
 FIRST += ("lora_rank", "scan_layers", "mesh", "seed")
-SHORT = {SCAN_LAYERS: "true, false or None: loaded from the checkpoint; an explicit value must match it"}
+SHORT = {
+    SCAN_LAYERS: "true, false or None: loaded from the checkpoint; an explicit value must match it",
+    Convert.model_fields["scan_layers"].description: "true, false or None: the layout to write; otherwise the source's",
+}
 BEGIN, END = "<!-- parameters: begin (generated) -->", "<!-- parameters: end -->"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

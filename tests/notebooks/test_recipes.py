@@ -128,3 +128,23 @@ def test_pretrain_resumes(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     assert losses(whole) == losses(parts)
     assert report(parts)["steps_this_run"] == 3
+
+
+def test_convert_proves_what_it_wrote_and_fails_where_it_is_wrong(tmp_path):
+    source = ROOT / "tests/fixtures/llama_tiny_full"
+    given = {"load_parameters_path": source, "to": "hf", "dtype": "bfloat16", "max_new_tokens": 4}
+    done = papermill("convert", tmp_path / "run", **given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = report(tmp_path / "run")
+    assert found["explicit"]["dtype"] == "papermill" and len(found["checks"]) == 5
+    assert all(check["passed"] for check in found["checks"])
+    assert load(tmp_path / "run" / "converted").config.num_layers == load(source).config.num_layers
+    weights = tmp_path / "run" / "converted" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 0x40  # the exponent of the last value: the file still loads
+    weights.write_bytes(content)
+    done = papermill("convert", tmp_path / "run", **given)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0 and "differences is 1, expected 0" in last
+    assert "tensors that came back with other bytes is 1, expected 0" in last
+    assert not all(check["passed"] for check in report(tmp_path / "run")["checks"])
