@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
 from maxkit.checkpoint.contents import TreeContents
 from maxkit.checkpoint.conversion_plan import make_plan
@@ -19,8 +18,6 @@ from maxkit.checkpoint.merge import Merged
 from maxkit.errors import UserError
 from maxkit.models.decoder import Decoder
 from maxkit.models.definition import ModelDefinition
-from maxkit.models.layers import Projection
-from maxkit.models.lora import TARGETS, LoraConfig
 from maxkit.types import Tree
 
 Model = Loaded | Decoder | tuple[ModelDefinition, Tree]
@@ -73,7 +70,7 @@ def contents_of(loaded_or_model: Model) -> Any:
     elif isinstance(loaded_or_model, Decoder):
         params = ModelDefinition.values(loaded_or_model)
         config, scan_layers = loaded_or_model.config, loaded_or_model.execution.scan_layers
-        lora = adapters_of(loaded_or_model)
+        lora = loaded_or_model.lora
     elif isinstance(loaded_or_model, tuple) and isinstance(loaded_or_model[0], ModelDefinition):
         definition, params = loaded_or_model
         config, scan_layers, lora = definition.config, definition.execution.scan_layers, definition.lora
@@ -88,18 +85,3 @@ def contents_of(loaded_or_model: Model) -> Any:
             "more: save with the run's checkpoints, then convert one of them"
         )
     return TreeContents(config, leaves, scan_layers=scan_layers, lora=lora, tokenizer=tokenizer)
-
-
-def adapters_of(model: Decoder) -> LoraConfig | None:
-    """Rank, scale and targets of a model's adapters, None without any."""
-    found = {path[-1]: node for path, node in nnx.iter_graph(model) if isinstance(node, Projection) and node.adapted}
-    if not found:
-        return None
-    any_one = next(iter(found.values()))
-    rank = any_one.lora_b.shape[any_one.lora_b.ndim - _outputs(any_one) - 1]
-    return LoraConfig(rank=rank, alpha=any_one.lora_scale * rank, targets=tuple(t for t in TARGETS if t in found))
-
-
-def _outputs(projection: Projection) -> int:
-    """How many dimensions the projection produces: behind the rank in its lora_b."""
-    return sum(letter in projection.outputs for letter in projection.letters)

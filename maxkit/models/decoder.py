@@ -152,7 +152,7 @@ class Decoder(nnx.Module):
     """A causal language model: `model(tokens, ...) -> (logits, cache)`, also exactly what Tunix calls."""
 
     def __init__(self, config: ModelConfig, execution: Execution, make: Make):
-        self.config, self.execution = config, execution
+        self.config, self.execution, self.lora = config, execution, make.lora
         self.embed = Embedding(config.vocab_size, config.embed_dim, make.at("embed"))
         self.positions = Positions(config, make.at("positions")) if config.position == "learned" else None
         groups = config.layer_groups(execution.scan_layers)

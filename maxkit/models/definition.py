@@ -8,6 +8,7 @@ and on this description of it. The NNX module exists only inside a traced functi
 import dataclasses
 import functools
 import re
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 from maxkit import mesh as meshes
 from maxkit.models.config import Execution, ModelConfig
 from maxkit.models.decoder import Decoder
-from maxkit.models.layers import Make
+from maxkit.models.layers import Make, Matrix, RowKeys
 from maxkit.models.lora import LoraConfig
 from maxkit.types import Tree
 
@@ -48,6 +49,26 @@ class Parameter:
         return self.shape[1:] if self.stacked else self.shape
 
 
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Where the random numbers of one update come from: its key, and the numbers [B] that rows have in its batch.
+
+    A mask is drawn from key, address, layer and row alone: it depends neither on `scan_layers` nor on how the rows are
+    split into micro-batches or over devices.
+    """
+
+    key: jax.Array
+    rows: jax.Array
+
+    def row_keys(self, parameter: Parameter) -> jax.Array:
+        """Keys for the rows, [B], or [L, B] for a stack."""
+        key = jax.random.fold_in(self.key, zlib.crc32(parameter.address.encode()))
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        layers = fold(key, jnp.asarray(parameter.layers, jnp.uint32))
+        keys = jax.vmap(fold, in_axes=(0, None))(layers, self.rows)
+        return keys if parameter.stacked else keys[0]
+
+
 class ModelDefinition:
     """The structure of one model under one execution; equal arguments give equal definitions."""
 
@@ -65,11 +86,22 @@ class ModelDefinition:
         self.parameters: dict[str, Parameter] = {
             path: self._parameter(path, variable) for path, variable in self._variables(self._state)
         }
+        if self.lora is not None:
+            self.lora.check(self.matrices.values())
 
     def _construct(self, seed: int | jax.Array) -> Decoder:
         # Threefry by name: values of one seed must not depend on a process-wide generator setting.
         key = jax.random.key(seed, impl="threefry2x32")
         return Decoder(self.config, self.execution, Make(key, self.weight_dtype, self.lora))
+
+    @functools.cached_property
+    def matrices(self) -> dict[str, str]:
+        """{path of a matrix in the tree: its address}, `layers/attention/query`: what can have an adapter."""
+        found = {}
+        for path, node in nnx.iter_graph(nnx.merge(self.graphdef, self._state)):
+            if isinstance(node, Matrix):
+                found["/".join(map(str, path))] = node.path
+        return found
 
     @staticmethod
     def _variables(state: nnx.State) -> Iterator[tuple[str, nnx.Variable]]:
@@ -138,11 +170,23 @@ class ModelDefinition:
         # Sharding-in-types would be decided while drawing; values are drawn whole-program and laid out at the end.
         return jax.jit(make, out_shardings=self.shardings(mesh))()
 
-    def merge(self, params: Tree) -> Decoder:
-        """The model holding `params`; cheap while tracing."""
+    def merge(self, params: Tree, dropout: Dropout | None = None) -> Decoder:
+        """The model holding `params`; cheap while tracing. Without `dropout` adapters see all of their inputs."""
         state = jax.tree.map(lambda x: x, self._state)
         nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(self.graphdef, state)
+        model = nnx.merge(self.graphdef, state)
+        if dropout is not None and self.drops:
+            for path in self.matrices:
+                adapter = self.parameters.get(f"{path}/lora_a")
+                if adapter is not None:
+                    node = functools.reduce(getattr, path.split("/"), model)
+                    node.row_keys = nnx.data(RowKeys(dropout.row_keys(adapter)))
+        return model
+
+    @property
+    def drops(self) -> bool:
+        """Whether training this model draws random numbers."""
+        return self.lora is not None and self.lora.dropout > 0
 
     @staticmethod
     def values(model: Decoder) -> Tree:

@@ -72,40 +72,56 @@ def constant(value: float) -> Initializer:
     return lambda key, shape, dtype: jnp.full(shape, value, dtype)
 
 
-class Projection(nnx.Module):
-    """A matrix product written as an einsum, with optional bias and optional LoRA adapter beside it.
+class RowKeys(nnx.Variable):
+    """PRNG keys of dropout, one for each row of the batch: [B], or [L, B] in a stack (`ModelDefinition.merge`)."""
+
+
+class Matrix(nnx.Module):
+    """A kernel whose inputs are contracted, with its bias and its low-rank adapter beside it.
+
+    The adapter (Hu et al. 2021, arXiv 2106.09685) is lora_a [inputs, R], random, and lora_b [R, outputs], zero; what
+    the kernel has one of for each expert (E), they have as well.
+    """
+
+    def __init__(self, letters: str, produced: str, sizes: dict[str, int], make: Make, *, bias: bool, scale: float):
+        """`produced`: those of the kernel's letters that its product keeps; `scale` of the usual initial deviation."""
+        shared = "".join(letter for letter in letters if letter == "E")
+        self.letters, outputs = letters, "".join(x for x in letters if x in produced and x not in shared)
+        inputs = "".join(x for x in letters if x not in shared + outputs)
+        fan_in = math.prod(sizes[letter] for letter in inputs)
+        self.kernel = make("kernel", _shape(letters, sizes), letters, normal(scale * fan_in**-0.5))
+        self.bias = make("bias", _shape(shared + outputs, sizes), shared + outputs, zeros) if bias else None
+        self.path, self.adapted = make.path, make.lora is not None and make.lora.covers(make.path)
+        self.row_keys: RowKeys | None = None  # of dropout; None: there is none
+        if make.lora is not None and self.adapted:
+            self.down, self.up = f"{shared}{inputs}R", f"{shared}R{outputs}"
+            self.lora_scale, self.dropout, sizes = make.lora.scale, make.lora.dropout, sizes | {"R": make.lora.rank}
+            self.lora_a = make("lora_a", _shape(self.down, sizes), self.down, normal(fan_in**-0.5), nnx.LoRAParam)
+            self.lora_b = make("lora_b", _shape(self.up, sizes), self.up, zeros, nnx.LoRAParam)
+
+    def matrix(self, dtype: jnp.dtype) -> jax.Array:
+        """The kernel with its adapter added, for products that are taken in another way; without dropout."""
+        kernel = self.kernel[...].astype(dtype)
+        if not self.adapted:
+            return kernel
+        assert self.row_keys is None, "a kernel is no place for dropout, which differs from token to token"
+        low, high = self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
+        product = mesh.einsum(f"{self.down},{self.up}->{self.letters}", low, high, like=mesh.layout(kernel))
+        return kernel + self.lora_scale * product
+
+
+class Projection(Matrix):
+    """A matrix product written as an einsum, with optional bias; adapted, x A B (alpha / rank) is added to it.
 
     `subscripts` such as "BTD,DNH->BTNH"; weights are cast to the type of the input, products of bfloat16 accumulate in
-    float32. The adapter adds (alpha / rank) * x A B (Hu et al. 2021, arXiv 2106.09685), A random, B zero.
+    float32.
     """
 
     def __init__(self, subscripts: str, sizes: dict[str, int], make: Make, *, bias: bool = False, scale: float = 1.0):
         """`sizes` gives every letter's size; `scale` multiplies the initial standard deviation fan_in ** -0.5."""
         inputs, self.outputs = subscripts.split("->")
         self.inputs, letters = inputs.split(",")
-        contracted = [letter for letter in letters if letter not in self.outputs]
-        produced = "".join(letter for letter in letters if letter in self.outputs)
-        fan_in = math.prod(sizes[letter] for letter in contracted)
-        self.letters = letters
-        self.kernel = make("kernel", _shape(letters, sizes), letters, normal(scale * fan_in**-0.5))
-        self.bias = make("bias", _shape(produced, sizes), produced, zeros) if bias else None
-        self.adapted = make.lora is not None and make.lora.covers(make.path)
-        if self.adapted:
-            rank, down = {"R": make.lora.rank}, "".join(contracted) + "R"
-            self.lora_scale = make.lora.alpha / make.lora.rank
-            self.lora_a = make("lora_a", _shape(down, sizes | rank), down, normal(fan_in**-0.5), nnx.LoRAParam)
-            self.lora_b = make("lora_b", _shape("R" + produced, sizes | rank), "R" + produced, zeros, nnx.LoRAParam)
-
-    def matrix(self, dtype: jnp.dtype) -> jax.Array:
-        """The kernel, with its adapter added, for products that are taken in another order."""
-        kernel = self.kernel[...].astype(dtype)
-        if not self.adapted:
-            return kernel
-        down, up = self._lora_letters()
-        low, high = self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
-        return kernel + self.lora_scale * mesh.einsum(
-            f"{down},{up}->{self.letters}", low, high, like=mesh.layout(kernel)
-        )
+        super().__init__(letters, self.outputs, sizes, make, bias=bias, scale=scale)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product over the contracted letters, plus bias and adapter."""
@@ -113,15 +129,16 @@ class Projection(nnx.Module):
         if self.bias is not None:
             y = y + mesh.replicate(self.bias[...].astype(x.dtype))
         if self.adapted:
-            down, up = self._lora_letters()
-            low = mesh.einsum(f"{self.inputs},{down}->BTR", x, self.lora_a[...].astype(x.dtype))
-            y = y + self.lora_scale * mesh.einsum(f"BTR,{up}->{self.outputs}", low, self.lora_b[...].astype(x.dtype))
+            dropped = x if self.row_keys is None else self._drop(x, self.row_keys[...])
+            low = mesh.einsum(f"{self.inputs},{self.down}->BTR", dropped, self.lora_a[...].astype(x.dtype))
+            high = mesh.einsum(f"BTR,{self.up}->{self.outputs}", low, self.lora_b[...].astype(x.dtype))
+            y = y + self.lora_scale * high
         return y
 
-    def _lora_letters(self) -> tuple[str, str]:
-        contracted = "".join(letter for letter in self.letters if letter not in self.outputs)
-        produced = "".join(letter for letter in self.letters if letter in self.outputs)
-        return contracted + "R", "R" + produced
+    def _drop(self, x: jax.Array, keys: jax.Array) -> jax.Array:
+        """x [B, ...] with a fraction `dropout` set to 0 and the rest divided by 1 - `dropout`, each row by its key."""
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, x.shape[1:]))(mesh.constrain(keys, "B"))
+        return jnp.where(mesh.constrain(keep, self.inputs), x / (1 - self.dropout), 0).astype(x.dtype)
 
 
 def _shape(letters: str, sizes: dict[str, int]) -> tuple[int, ...]:

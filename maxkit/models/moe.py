@@ -17,7 +17,7 @@ from flax import nnx
 from maxkit import mesh
 from maxkit.models.attention import Context
 from maxkit.models.config import Execution, ModelConfig, MoeConfig
-from maxkit.models.layers import Make, Mlp, gated, normal, zeros
+from maxkit.models.layers import Make, Matrix, Mlp, gated, normal, zeros
 from maxkit.ops import moe as ops
 
 # Added to a sum of weights before dividing by it, as DeepSeek-V3's own code does. Only sigmoid scores can add up to so
@@ -96,13 +96,11 @@ class Router(nnx.Module):
         return chosen * self.moe.weights_scale
 
 
-class ExpertKernel(nnx.Module):
+class ExpertKernel(Matrix):
     """One projection of all experts: kernel [E, ...] and bias."""
 
     def __init__(self, letters: str, sizes: dict[str, int], make: Make, *, bias: bool, scale: float = 1.0):
-        shape = tuple(sizes[letter] for letter in letters)
-        self.kernel = make("kernel", shape, letters, normal(scale * shape[1] ** -0.5))
-        self.bias = make("bias", (shape[0], shape[2]), letters[0] + letters[2], zeros) if bias else None
+        super().__init__(letters, letters[2], sizes, make, bias=bias, scale=scale)
 
 
 class Experts(nnx.Module):
@@ -116,13 +114,13 @@ class Experts(nnx.Module):
         scale = (2 * config.num_layers) ** -0.5  # residual branches start small, as in layers.Mlp
         self.down = ExpertKernel("EFD", sizes, make.at("down"), bias=bias, scale=scale)
 
-    def parameters(self) -> ops.Parameters:
-        """As `ops.run_experts` takes them."""
+    def parameters(self, dtype: jnp.dtype) -> ops.Parameters:
+        """As `ops.run_experts` takes them. Adapters are added to the kernels: tokens meet an expert only once."""
         found = {}
         for name in ("gate", "up", "down"):
             part = getattr(self, name)
             if part is not None:
-                found[name] = part.kernel[...]
+                found[name] = part.matrix(dtype) if part.adapted else part.kernel[...]
                 if part.bias is not None:
                     found[f"{name}_bias"] = part.bias[...]
         return found
@@ -170,7 +168,7 @@ class Moe(nnx.Module):
             )
 
         tokens = (x, choice, routing.weights)
-        y = mesh.expert_parallel(run, tokens, self.experts.parameters(), ops.LETTERS)
+        y = mesh.expert_parallel(run, tokens, self.experts.parameters(x.dtype), ops.LETTERS)
         if self.shared is not None:
             shared = self.shared(x)
             y = y + (shared if self.shared_gate is None else shared * self.shared_gate(x))
