@@ -6,20 +6,23 @@ checkpoints, never tensors.
 """
 
 import dataclasses
+from typing import Any
 
+import jax
 import optax
 from jax.sharding import Mesh
 
 from maxkit import mesh as meshes
 from maxkit.checkpoint import load
-from maxkit.config import Pretrain, RecipeConfig, Sft
+from maxkit.config import Pretrain, RecipeConfig
 from maxkit.errors import UserError
 from maxkit.formats import presets
 from maxkit.models.config import Execution, ModelConfig
 from maxkit.models.definition import ModelDefinition
-from maxkit.models.lora import LoraConfig
+from maxkit.models.lora import LoraConfig, LoraFields
 from maxkit.objectives import NextToken
 from maxkit.optim import make_optimizer
+from maxkit.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,23 @@ def blueprint(
     )
 
 
+def batch_columns(cfg: RecipeConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{column: (dtype, sizes behind [B, T])} of what a recipe's batches hold besides the fields of `Batch`."""
+    return {}
+
+
+def batch_shapes(cfg: RecipeConfig, mesh: Mesh) -> Batch:
+    """One update's batch as shapes with shardings; that its rows divide over the mesh has been checked."""
+
+    def shape(dtype: str, *more: int) -> Any:
+        sizes = (cfg.batch_size, cfg.seq_len, *more)
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=meshes.batch_sharding(mesh, len(sizes)))
+
+    integers = {name: shape("int32") for name in ("tokens", "targets", "segment_ids", "positions")}
+    columns = {name: shape(dtype, *sizes) for name, (dtype, sizes) in batch_columns(cfg).items()}
+    return Batch(**integers, loss_mask=shape("float32"), columns=columns)
+
+
 def architecture(cfg: RecipeConfig) -> tuple[ModelConfig, load.Source | None, str | None]:
     """(architecture, opened source of weights or None, its path or name).
 
@@ -142,7 +162,7 @@ def from_sizes(cfg: Pretrain) -> ModelConfig:
 
 def lora_config(cfg: RecipeConfig) -> LoraConfig | None:
     """The adapters that a recipe asks for, None for full training."""
-    return cfg.lora if isinstance(cfg, Sft) else None
+    return cfg.lora if isinstance(cfg, LoraFields) else None
 
 
 def check_mesh(cfg: RecipeConfig, definition: ModelDefinition, mesh: Mesh) -> None:

@@ -13,7 +13,7 @@ from maxkit import mesh as meshes
 from maxkit.config import RecipeConfig
 from maxkit.formats import presets
 from maxkit.formats.huggingface import read_config
-from maxkit.types import Batch, TrainState, Tree
+from maxkit.types import TrainState, Tree
 
 
 def blueprint(cfg: RecipeConfig) -> build.Blueprint:
@@ -49,22 +49,6 @@ def abstract_state(made: build.Blueprint, mesh: Mesh) -> TrainState:
     opt_state = jax.tree.map(placed, jax.eval_shape(made.optimizer.init, trained))
     step, rng = placed(jax.ShapeDtypeStruct((), "int32")), placed(jax.eval_shape(lambda: jax.random.key(0)))
     return TrainState(step, trained, base, opt_state, rng)
-
-
-def abstract_batch(cfg: RecipeConfig, mesh: Mesh) -> Batch:
-    """One update's rows; that they divide over the mesh has been checked."""
-
-    def column(dtype: str) -> Any:
-        shape = (cfg.batch_size, cfg.seq_len)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(mesh))
-
-    return Batch(
-        tokens=column("int32"),
-        targets=column("int32"),
-        loss_mask=column("float32"),
-        segment_ids=column("int32"),
-        positions=column("int32"),
-    )
 
 
 def device_bytes(tree: Tree) -> int:

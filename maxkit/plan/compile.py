@@ -20,7 +20,7 @@ from maxkit.config import RecipeConfig, resolve, training
 from maxkit.errors import UserError
 from maxkit.models.kernels import attention_kernels
 from maxkit.plan import hlo, topology
-from maxkit.plan.abstract import abstract_batch, abstract_state, blueprint, device_bytes
+from maxkit.plan.abstract import abstract_state, blueprint, device_bytes
 from maxkit.plan.report import Memory, Plan
 from maxkit.train.metrics import model_flops_per_token, peak_flops_per_device
 from maxkit.train.step import compile_train_step
@@ -38,7 +38,7 @@ def compile_plan(cfg: RecipeConfig, topology_name: str) -> Plan:
     layout: dict[str, Any] = {p.path: (p.letters, p.shape) for p in made.definition.parameters.values()}
     build.check_mesh(cfg, made.definition, mesh)
     with jax.set_mesh(mesh):
-        state, batch = abstract_state(made, mesh), abstract_batch(cfg, mesh)
+        state, batch = abstract_state(made, mesh), build.batch_shapes(cfg, mesh)
         kernels = attention_kernels(made.definition.config, made.definition.execution, cfg.seq_len)
         compiled, refusal, seconds = _compile(made, cfg, state, batch)
     memory = Memory(

@@ -20,31 +20,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from maxkit import build, distributed, nb
 from maxkit import mesh as meshes
 from maxkit.checkpoint import inspect, load
 from maxkit.checkpoint.manifest import GroupRecord, RunRecord
-from maxkit.checkpoint.store import CheckpointStore, set_iterator_state
-from maxkit.config import NOT_PART_OF_THE_RUN_NAME, Pretrain, RecipeConfig
-from maxkit.data.build import ChatData, TextData, chat_rows, text_rows
+from maxkit.checkpoint.store import CheckpointStore
+from maxkit.config import NOT_PART_OF_THE_RUN_NAME, RecipeConfig
+from maxkit.data.build import TextData
 from maxkit.data.entropy import bigram_entropy, empirical_bigram_entropy, unigram_entropy
-from maxkit.data.loader import Rows, eval_batches, make_loader
+from maxkit.data.loader import Rows, eval_batches
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.errors import Stopped, UserError
 from maxkit.infer.generate import generate
 from maxkit.models.definition import ModelDefinition
 from maxkit.optim import learning_rate_at
 from maxkit.run import cards
-from maxkit.train.loop import Every, StopRequest, train_loop
+from maxkit.run.batches import Placer
+from maxkit.run.tasks import TASKS
+from maxkit.train.loop import BatchSource, Every, StopRequest, train_loop
 from maxkit.train.metrics import MetricsWriter, model_flops_per_token, peak_memory, read_metrics, throughput
-from maxkit.train.step import compile_train_step, eval_step
+from maxkit.train.step import compile_train_step, eval_step, total_weights
 from maxkit.types import Batch, TrainState, Tree
 
 KEPT = ("figures", "metrics.jsonl", "tokenizer")  # of a run folder, besides the newest checkpoint
-COLUMNS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 # Settings that may change between two starts of one folder: the updates still to come mean the same.
 MAY_CHANGE = NOT_PART_OF_THE_RUN_NAME | {
     "mesh",
@@ -68,10 +68,15 @@ def start(cfg: RecipeConfig) -> "Run":
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Mean negative log-likelihood per trained token of the held-out rows, in nats."""
+    """What the held-out examples say: metrics by name, over `count` trained tokens or generated answers."""
 
-    loss: float
-    tokens: int
+    metrics: dict[str, float]
+    count: int
+
+    @property
+    def loss(self) -> float:
+        """The mean loss: nats per trained token for next-token prediction, else the objective's own."""
+        return self.metrics["loss"]
 
     @property
     def perplexity(self) -> float:
@@ -80,12 +85,10 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Assessment:
-    """How good the weights are after `step` updates: held-out loss, and what they answer."""
+class Assessment(Evaluation):
+    """How good the weights are after `step` updates: the held-out examples, and what they answer to prompts."""
 
     step: int
-    loss: float
-    tokens: int
     answers: tuple[str, ...] = ()
 
 
@@ -101,7 +104,8 @@ class Run:
         self.folder: Path = cfg.run_folder
         _check_run_dir(self.folder)
         self.mesh: Mesh = meshes.make_mesh(cfg.mesh)
-        self._rows_index, self._rows_count = meshes.process_rows(self.mesh)
+        self.place = Placer(self.mesh)
+        self.task = TASKS[type(cfg)]
         self.store = CheckpointStore(
             self.folder / "checkpoints", max_to_keep=cfg.max_num_checkpoints_to_keep, best_metric=None
         )
@@ -119,16 +123,17 @@ class Run:
             raise
         self.report: list[str] = list(self.blueprint.notes)
         self.tokenizer: Tokenizer | None = None
-        self.data: ChatData | TextData | None = None
+        self.data: Any = None  # what the task read
         self.state: TrainState | None = None
+        self.frozen: Tree | None = None  # what the objective reads besides the model, such as a teacher
+        self.source: BatchSource | None = None
         self.history: list[dict[str, float]] = []
         self._loss: float | None = None  # of the latest update, logged or not
-        self.held_out: dict[int, float] = {}  # update -> held-out loss
+        self.held_out: dict[int, float] = {}  # update -> the task's headline on the held-out examples
         self.metrics: dict[str, float] = {}
         self.artifacts: list[Path] = []
         self.steps_done = self.resumed_from or 0
         self._steps_before = self.steps_done
-        self._iterator: Any = None
         self._eval = eval_step(self.definition, self.blueprint.objective)
         self.seconds["setup"] += time.perf_counter() - self._clock
 
@@ -152,33 +157,15 @@ class Run:
 
     # ------------------------------------------------------------ data and weights
 
-    def load_data(self) -> ChatData | TextData:
-        """Read, encode, split and pack the data set; nothing is dropped without being counted in its report."""
+    def load_data(self) -> Any:
+        """Read, encode and split the data set; nothing is dropped without being counted in its report."""
         start = time.perf_counter()
-        cfg, source = self.cfg, self.blueprint.source
-        tokenizer = source.tokenizer() if source is not None else None
-        if isinstance(cfg, Pretrain):
-            size = None if tokenizer is not None else cfg.vocab_size
-            self.data = text_rows(cfg, seed=cfg.seed, tokenizer=tokenizer, vocab_size=size)
-            self.tokenizer = self.data.tokenizer
-        else:
-            if tokenizer is None:
-                raise UserError(f"model={cfg.model!r} has no tokenizer: a chat model needs one with a chat template")
-            self.tokenizer = tokenizer
-            self.data = chat_rows(cfg, tokenizer, seed=cfg.seed)
+        self.data, self.tokenizer = self.task.load_data(self)
         if self.tokenizer.vocab_size > self.definition.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model only "
                 f"vocab_size={self.definition.config.vocab_size}"
             )
-        self._iterator = make_loader(
-            self.data.train,
-            batch_size=cfg.batch_size,
-            seed=cfg.seed,
-            shuffle=cfg.shuffle,
-            process_index=self._rows_index,
-            process_count=self._rows_count,
-        )
         if self.primary:
             self.tokenizer.save(self.folder / "tokenizer")
         self.seconds["setup"] += time.perf_counter() - start
@@ -188,14 +175,20 @@ class Run:
         """The state to train: from the run's newest checkpoint, from the source's weights, or from the seed."""
         start = time.perf_counter()
         with jax.set_mesh(self.mesh):
+            position = None
             if self.resumed_from is not None:
-                self.state = self._restore()
+                self.state, position = self._restore()
             else:
-                self.state = self._first_state(self._initial_params())
+                self.state = self._first_state(self.initial_params())
+            self.task.prepare(self)
+            self.source = self.task.source(self)
+            if position is not None:
+                self.source.set_state(position)
         self.seconds["setup"] += time.perf_counter() - start
         return self.state
 
-    def _initial_params(self) -> Tree:
+    def initial_params(self) -> Tree:
+        """All of the model's weights before the first update; to be called under the mesh."""
         source = self.blueprint.source
         if source is None:
             return self.definition.init(self.cfg.seed, self.mesh)
@@ -234,25 +227,26 @@ class Run:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.on_devices(x.sharding, self.mesh)), shapes
         )
 
-    def _restore(self) -> TrainState:
+    def _restore(self) -> tuple[TrainState, Any]:
+        """The saved state, and the position of the batches."""
         found = self.store.restore(
             self.resumed_from,
             self.abstract_state(),
             missing=self.cfg.checkpoint_missing_param_policy,
-            initial=lambda: self._first_state(self._initial_params()),
+            initial=lambda: self._first_state(self.initial_params()),
         )
         self.report += found.notes
-        if found.manifest.data != self._data_digest():
+        if found.manifest.data != self.task.digest(self):
             raise UserError(
                 f"{cards.display_path(self.folder)}: the data set gives other rows than when the run began; "
                 "restore the data, or give a new run_dir"
             )
-        set_iterator_state(self._iterator, found.iterator_state)
         if self.primary:
             rows = [row for row in read_metrics(self.folder) if row["step"] <= self.resumed_from]
             self.history = [row for row in rows if "loss" in row]
-            self.held_out = {int(row["step"]): row["held_out/loss"] for row in rows if "held_out/loss" in row}
-        return found.state
+            name = f"held_out/{self.task.headline}"
+            self.held_out = {int(row["step"]): row[name] for row in rows if name in row}
+        return found.state, found.iterator_state
 
     # ------------------------------------------------------------ training
 
@@ -273,13 +267,14 @@ class Run:
 
             def evaluate(step: int, state: TrainState) -> None:
                 if step < cfg.steps:  # the last one is the recipe's own
-                    self.held_out[step] = self.evaluate(params=self.definition.join(state.params, state.base)).loss
-                    writer.write(step, {"held_out/loss": self.held_out[step]})
+                    found = self.evaluate(self.definition.join(state.params, state.base)).metrics
+                    self.held_out[step] = found[self.task.headline]
+                    writer.write(step, {f"held_out/{name}": value for name, value in found.items()})
 
             self.state, self.steps_done, reason = train_loop(
                 step,
                 self.state,
-                self._batches(),
+                self.source,
                 done=self.steps_done,
                 total=cfg.steps,
                 on_metrics=on_metrics,
@@ -309,14 +304,10 @@ class Run:
             self.cfg.gradient_accumulation_steps,
             self.cfg.routed_bias_update_rate,
         )
-        rows: dict[str, Any] = {name: np.zeros((self.cfg.batch_size, self.cfg.seq_len), np.int32) for name in COLUMNS}
-        rows["loss_mask"] = rows["loss_mask"].astype(np.float32)
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.batch_sharding(self.mesh)), Batch(**rows)
-        )
-        compiled = step.lower(self.state, shapes, None).compile()
+        shapes = build.batch_shapes(self.cfg, self.mesh)
+        compiled = step.lower(self.state, shapes, self.frozen).compile()
         self.seconds["compile"] += time.perf_counter() - start
-        return lambda state, batch: compiled(state, batch, None)
+        return lambda state, batch: compiled(state, batch, self.frozen)
 
     def _metrics_hook(self, writer: MetricsWriter, progress: Any):
         cfg, tokens = self.cfg, self.cfg.batch_size * self.cfg.seq_len
@@ -344,24 +335,9 @@ class Run:
     def _writer(self) -> MetricsWriter:
         return MetricsWriter(self.folder, restored_step=self.steps_done)
 
-    def _batches(self) -> Iterator[Batch]:
-        while True:
-            yield self._put(next(self._iterator))
-
-    def _put(self, rows: dict[str, np.ndarray]) -> Batch:
-        """This process's rows as its part of a global batch on the mesh."""
-        sharding = meshes.batch_sharding(self.mesh)
-
-        def put(x: np.ndarray) -> jax.Array:
-            shape = (x.shape[0] * self._rows_count, *x.shape[1:])
-            return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(x), shape)
-
-        columns: dict[str, Any] = {name: put(rows[name]) for name in COLUMNS}
-        return Batch(**columns)
-
     def _save(self, step: int, state: TrainState) -> None:
         metrics = {} if self._loss is None else {"loss": self._loss}
-        self.store.save(step, state, self._record(), self._iterator, metrics)
+        self.store.save(step, state, self._record(), self.source, metrics)
 
     def _record(self) -> RunRecord:
         definition = self.definition
@@ -381,11 +357,8 @@ class Run:
             optimizer=self.cfg.optimizer,
             tokenizer={p.name: p.read_bytes() for p in sorted(folder.iterdir())} if folder.exists() else {},
             parent=self.blueprint.start,
-            data=self._data_digest(),
+            data=self.task.digest(self),
         )
-
-    def _data_digest(self) -> str:
-        return self.data.train.digest()
 
     # ------------------------------------------------------------ looking at the result
 
@@ -401,22 +374,31 @@ class Run:
             self.definition, self.params, self.tokenizer, tuple(self.report), str(self.folder), self.mesh
         )
 
-    def evaluate(self, rows: Rows | None = None, params: Tree | None = None) -> Evaluation:
-        """The held-out loss of `params`, by default the weights as they are now: the sum over all rows divided once."""
-        params = self.params if params is None else params
-        rows = rows if rows is not None else self.data.held_out
+    def evaluate(self, params: Tree | None = None) -> Evaluation:
+        """What the held-out examples say of `params`, by default the weights as they are now."""
+        return self.task.evaluate(self, self.params if params is None else params)
+
+    def evaluate_rows(self, rows: Rows, params: Tree) -> Evaluation:
+        """The objective's metrics on all `rows` as if they were one batch: sums over all, divided once.
+
+        `loss` is the negative log-likelihood alone where the objective reports it ("loss/nll").
+        """
         ways = meshes.batch_ways(self.mesh)
         size = -(-min(self.cfg.batch_size, max(len(rows), 1)) // ways) * ways
-        nll = tokens = 0.0
+        total: dict[str, float] = {}
+
+        def batches() -> Iterator[Batch]:
+            given = eval_batches(rows, batch_size=size, process_index=self.place.index, process_count=self.place.count)
+            return map(self.place, given)
+
         with jax.set_mesh(self.mesh):
-            for batch in eval_batches(
-                rows, batch_size=size, process_index=self._rows_index, process_count=self._rows_count
-            ):
-                put = self._put(batch)
-                terms, _ = self._eval(params, put, None)
-                nll += float(terms["tokens"])
-                tokens += float(jnp.sum(put.loss_mask))
-        return Evaluation(nll / max(tokens, 1.0), int(tokens))
+            weights = total_weights(self.blueprint.objective, batches())
+            for batch in batches():
+                for name, value in self._eval(params, batch, self.frozen, weights).items():
+                    total[name] = total.get(name, 0.0) + float(value)
+            tokens = float(rows.columns["loss_mask"].sum())
+        total["loss"] = total.pop("loss/nll", total["loss"])
+        return Evaluation(total, int(tokens))
 
     def generate(self, prompts: Sequence[Any], **options: Any) -> list[str]:
         """Answers or continuations of the weights as they are now; options as in `maxkit.generate`."""
@@ -427,12 +409,16 @@ class Run:
         """Held-out loss and answers of the weights as they are now, kept in the run folder under their step."""
         held_out = self.evaluate()
         answers = tuple(self.generate(prompts, **options)) if prompts else ()
-        found = Assessment(self.steps_done, held_out.loss, held_out.tokens, answers)
-        self.metrics[f"held_out/loss_at_{found.step}"] = self.held_out[found.step] = found.loss
+        found = Assessment(held_out.metrics, held_out.count, self.steps_done, answers)
+        self._remember(found)
         if self.primary:
             path = self.folder / f"assessment-{found.step}.json"
             nb.write_json(path, {**dataclasses.asdict(found), "prompts": _readable(prompts)})
         return found
+
+    def _remember(self, found: Assessment) -> None:
+        self.held_out[found.step] = found.metrics[self.task.headline]
+        self.metrics |= {f"held_out/{name}_at_{found.step}": value for name, value in found.metrics.items()}
 
     def baseline(self, prompts: Sequence[Any] = (), **options: Any) -> Assessment:
         """The assessment before the first update: made now, or, for a continued run, the one its folder remembers."""
@@ -442,11 +428,12 @@ class Run:
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept.pop("prompts") == _readable(prompts):
-                self.metrics["held_out/loss_at_0"] = self.held_out[0] = kept["loss"]
-                return Assessment(**{**kept, "answers": tuple(kept["answers"])})
+                found = Assessment(**{**kept, "answers": tuple(kept["answers"])})
+                self._remember(found)
+                return found
         trained, done = self.state, self.steps_done
         with jax.set_mesh(self.mesh):
-            params, base = self.definition.split_trainable(self._initial_params())
+            params, base = self.definition.split_trainable(self.initial_params())
         self.state, self.steps_done = dataclasses.replace(trained, params=params, base=base), 0
         try:
             return self.assess(prompts, **options)

@@ -9,8 +9,8 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -19,6 +19,22 @@ from maxkit.types import Batch, TrainState
 
 OnMetrics = Callable[[int, dict[str, float], float], None]
 OnState = Callable[[int, TrainState], None]
+
+
+class BatchSource(Protocol):
+    """Where the updates' batches come from. Its state is saved with every checkpoint."""
+
+    def next(self, state: TrainState) -> tuple[Batch, dict[str, float]]:
+        """The next update's batch on the mesh, and what the host measured while making it.
+
+        A data set does not look at `state`; a rollout generates with its parameters.
+        """
+
+    def get_state(self) -> Any:
+        """A JSON value: where the source is after the last batch it gave."""
+
+    def set_state(self, value: Any) -> None:
+        """Continue with the batch after that, bit for bit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +90,7 @@ class StopRequest:
 def train_loop(
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]],
     state: TrainState,
-    batches: Iterator[Batch],
+    source: BatchSource,
     *,
     done: int,
     total: int,
@@ -87,7 +103,7 @@ def train_loop(
 
     Args:
         step: compiled; donates the state.
-        batches: gives the next update's batch each time.
+        source: gives the next update's batch each time, and host metrics that join the step's.
         on_metrics: called with (update, metrics as floats, seconds it took) for every update, in order.
         hooks: called with the state right after their update, before the next one may donate it.
         lookahead: read the metrics of an update only after the next one is dispatched.
@@ -96,23 +112,24 @@ def train_loop(
     Returns:
         (state, updates done, name of the signal that ended the loop early or None).
     """
-    pending: tuple[int, dict[str, jax.Array]] | None = None
+    pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
     clock = time.perf_counter()
 
     def emit() -> None:
         nonlocal pending, clock
         if pending is None:
             return
-        number, metrics = pending
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        number, metrics, measured = pending
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()} | measured
         now = time.perf_counter()
         on_metrics(number, values, now - clock)
         pending, clock = None, time.perf_counter()
 
     for number in range(done + 1, total + 1):
-        state, metrics = step(state, next(batches))
+        batch, measured = source.next(state)
+        state, metrics = step(state, batch)
         emit()
-        pending = (number, metrics)
+        pending = (number, metrics, measured)
         if not lookahead:
             emit()
         reason = stop.name if stop is not None else None

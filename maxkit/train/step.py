@@ -6,14 +6,14 @@
 The state is donated. Next to read: `loop.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from maxkit.models.definition import ModelDefinition
+from maxkit.models.definition import Dropout, ModelDefinition
 from maxkit.train.routing import check_update_rate, move_corrections, routing_metrics
 from maxkit.types import Batch, LossOut, TrainState, Tree
 
@@ -49,21 +49,29 @@ def train_step(
     """
     check_update_rate(definition, routed_bias_update_rate)
 
-    def loss_of(trained: Tree, base: Tree, batch: Batch, frozen: Any, weights: dict) -> tuple[jax.Array, LossOut]:
-        out = objective(definition.merge(definition.join(trained, base)), batch, frozen, weights)
+    def loss_of(
+        trained: Tree, base: Tree, batch: Batch, frozen: Any, weights: dict, dropout: Dropout | None
+    ) -> tuple[jax.Array, LossOut]:
+        out = objective(definition.merge(definition.join(trained, base), dropout), batch, frozen, weights)
         return out.loss, out
 
     gradients_of = jax.value_and_grad(loss_of, has_aux=True)
 
     def step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, Metrics]:
         weights = objective.weights(batch)
+
+        def gradients_with(micro: Batch, number: jax.Array | int) -> tuple[tuple[jax.Array, LossOut], Tree]:
+            dropout = None
+            if definition.drops:
+                rows = number + gradient_accumulation_steps * jnp.arange(micro.tokens.shape[0])
+                dropout = Dropout(jax.random.fold_in(state.rng, state.step), rows)
+            return gradients_of(state.params, state.base, micro, frozen, weights, dropout)
+
         if gradient_accumulation_steps == 1:
-            (_, out), gradients = gradients_of(state.params, state.base, batch, frozen, weights)
+            (_, out), gradients = gradients_with(batch, 0)
         else:
             gradients, out = _accumulate(
-                lambda micro: gradients_of(state.params, state.base, micro, frozen, weights),
-                _micro_batches(batch, gradient_accumulation_steps),
-                state.params,
+                gradients_with, _micro_batches(batch, gradient_accumulation_steps), state.params
             )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -89,14 +97,28 @@ def compile_train_step(
     return jax.jit(step, donate_argnames=("state",))
 
 
-def eval_step(definition: ModelDefinition, objective: Objective) -> Callable[[Tree, Batch, Any], tuple[dict, dict]]:
-    """A compiled (params, batch, frozen) -> (sums per term, weights per term); the caller adds them over batches."""
+def eval_step(
+    definition: ModelDefinition, objective: Objective
+) -> Callable[[Tree, Batch, Any, dict[str, jax.Array]], Metrics]:
+    """A compiled (params, batch, frozen, weights) -> metrics of one batch, without gradients.
 
-    def step(params: Tree, batch: Batch, frozen: Any = None) -> tuple[dict, dict]:
-        weights = objective.weights(batch)
-        return objective(definition.merge(params), batch, frozen, weights).terms, weights
+    `weights` are those of all batches of the evaluation together (`total_weights`), so the caller only adds.
+    """
+
+    def step(params: Tree, batch: Batch, frozen: Any, weights: dict[str, jax.Array]) -> Metrics:
+        out = objective(definition.merge(params), batch, frozen, weights)
+        return {"loss": out.loss, **out.metrics}
 
     return jax.jit(step)
+
+
+def total_weights(objective: Objective, batches: Iterable[Batch]) -> dict[str, jax.Array]:
+    """The objective's denominators over several batches, each of which holds something to count; needs no model."""
+    weights = jax.jit(objective.weights)
+    total: dict[str, jax.Array] = {}
+    for batch in batches:
+        total = {name: value + total.get(name, 0.0) for name, value in weights(batch).items()}
+    return total
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
@@ -107,14 +129,14 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
 def _accumulate(gradients_of, micro_batches: Batch, params: Tree) -> tuple[Tree, LossOut]:
     """The sum over micro-batches of gradients (in float32) and of all but the maxima of LossOut."""
 
-    def add(total: tuple[Tree, LossOut], micro: Batch) -> tuple[tuple[Tree, LossOut], None]:
-        (_, out), gradients = gradients_of(micro)
+    def add(total: tuple[Tree, LossOut], numbered: tuple[Batch, jax.Array]) -> tuple[tuple[Tree, LossOut], None]:
+        (_, out), gradients = gradients_of(*numbered)
         so_far, loss_out = total
         so_far = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), so_far, gradients)
         return (so_far, _merge(loss_out, out)), None
 
     first = jax.tree.map(lambda x: x[0], micro_batches)
-    shape = jax.eval_shape(lambda m: gradients_of(m)[0][1], first)
+    shape = jax.eval_shape(lambda m: gradients_of(m, 0)[0][1], first)
     nothing = LossOut(
         loss=jnp.zeros((), jnp.float32),
         terms=jax.tree.map(lambda s: jnp.zeros((), s.dtype), shape.terms),
@@ -123,7 +145,8 @@ def _accumulate(gradients_of, micro_batches: Batch, params: Tree) -> tuple[Tree,
         statistics=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape.statistics),
     )
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    (gradients, out), _ = jax.lax.scan(add, (zeros, nothing), micro_batches)
+    numbers = jnp.arange(jax.tree.leaves(micro_batches)[0].shape[0])
+    (gradients, out), _ = jax.lax.scan(add, (zeros, nothing), (micro_batches, numbers))
     return jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params), out
 
 

@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax  # noqa: E402 - libtpu reads the environment when it is loaded
 from moe_layers import config  # noqa: E402
 
+from maxkit import build  # noqa: E402
 from maxkit import mesh as meshes  # noqa: E402
 from maxkit.models.config import Execution  # noqa: E402
 from maxkit.models.definition import ModelDefinition  # noqa: E402
 from maxkit.objectives import NextToken  # noqa: E402
 from maxkit.optim import OptimizerConfig, make_optimizer  # noqa: E402
 from maxkit.plan import hlo, topology  # noqa: E402
-from maxkit.plan.abstract import abstract_batch, abstract_state  # noqa: E402
+from maxkit.plan.abstract import abstract_state  # noqa: E402
 from maxkit.train.step import compile_train_step  # noqa: E402
 
 
@@ -36,7 +37,7 @@ def compiled(dispatch):
     mesh = meshes.make_mesh("fsdp:2,expert:2,tensor:2", topology.devices("v5e:2x4"))
     with jax.set_mesh(mesh):
         state = abstract_state(types.SimpleNamespace(definition=definition, optimizer=optimizer), mesh)
-        batch = abstract_batch(types.SimpleNamespace(batch_size=8, seq_len=128), mesh)
+        batch = build.batch_shapes(types.SimpleNamespace(batch_size=8, seq_len=128), mesh)
         objective = NextToken(num_tiles=1, balance_loss=0.01, router_z_loss=0.001)
         step = compile_train_step(definition, objective, optimizer, 1, 0.001)
         lowered = step.trace(state, batch, None).lower(lowering_platforms=("tpu",))

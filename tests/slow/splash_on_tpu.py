@@ -18,12 +18,13 @@ os.environ.update(QUIET_ENVIRONMENT)
 
 import jax  # noqa: E402 - libtpu reads the environment when it is loaded
 
+from maxkit import build  # noqa: E402
 from maxkit import mesh as meshes  # noqa: E402
 from maxkit.config import resolve  # noqa: E402
 from maxkit.models.definition import ModelDefinition  # noqa: E402
 from maxkit.plan import compile as plans  # noqa: E402
 from maxkit.plan import hlo, topology  # noqa: E402
-from maxkit.plan.abstract import abstract_batch, abstract_state, blueprint  # noqa: E402
+from maxkit.plan.abstract import abstract_state, blueprint  # noqa: E402
 
 KERNEL = re.compile(r'%(splash_\w+?)(?:\.\d+)? = .*custom_call_target="tpu_custom_call"')
 
@@ -35,7 +36,7 @@ def compiled(cfg, mesh, kernel):
     execution = old.execution.model_copy(update={"attention_kernel": kernel})
     made = dataclasses.replace(made, definition=ModelDefinition(old.config, execution, old.lora))
     with jax.set_mesh(mesh):
-        program, refusal, seconds = plans._compile(made, cfg, abstract_state(made, mesh), abstract_batch(cfg, mesh))
+        program, refusal, seconds = plans._compile(made, cfg, abstract_state(made, mesh), build.batch_shapes(cfg, mesh))
     if program is None:
         return {"refusal": refusal.splitlines()[0], "needs": hlo.out_of_memory(refusal), "seconds": seconds}
     text = program.as_text()

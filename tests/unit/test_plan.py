@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from maxkit import build
 from maxkit import mesh as meshes
 from maxkit.config import resolve
 from maxkit.errors import UserError
@@ -143,7 +144,7 @@ def state_and_batch(**given):
     mesh = meshes.make_mesh(cfg.mesh, jax.devices()[:1])
     made = abstract.blueprint(cfg)
     with jax.set_mesh(mesh):
-        return made, abstract.abstract_state(made, mesh), abstract.abstract_batch(cfg, mesh)
+        return made, abstract.abstract_state(made, mesh), build.batch_shapes(cfg, mesh)
 
 
 def test_no_device_array_is_made():

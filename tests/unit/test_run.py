@@ -77,7 +77,7 @@ def check_resume(unbroken, copy, corpus, **settings):
     assert_same_bits(again.state, unbroken.state)
     losses = [[(r["step"], r["loss"], r["grad_norm"]) for r in rows_of(r.folder)] for r in (again, unbroken)]
     assert losses[0] == losses[1] and [row[0] for row in losses[0]] == [1, 2, 3, 4]
-    assert again._iterator.get_state() == unbroken._iterator.get_state()
+    assert again.source.get_state() == unbroken.source.get_state()
     assert [row["loss"] for row in again.history] == [row["loss"] for row in unbroken.history]
     record = again.finish()
     assert (record["steps_done"], record["steps_this_run"]) == (4, 2)
@@ -262,13 +262,13 @@ def test_the_held_out_loss_is_one_exact_mean(finished, folder, corpus):
     logits, mask = np.asarray(logits, np.float64), rows.columns["loss_mask"]
     lse = np.log(np.exp(logits).sum(-1))
     nll = lse - np.take_along_axis(logits, rows.columns["targets"][..., None].astype(int), -1)[..., 0]
-    assert evaluation.tokens == mask.sum() and len(rows) % 4 and len(rows) > 4
+    assert evaluation.count == mask.sum() and len(rows) % 4 and len(rows) > 4
     assert evaluation.loss == pytest.approx((nll * mask).sum() / mask.sum(), rel=1e-6)
     assert evaluation.perplexity == pytest.approx(math.exp(evaluation.loss))
     for size in (2, 3):
         other = train(folder / f"eval{size}", corpus, steps=0, batch_size=size, load_parameters_path=str(run.folder))
-        again = other.evaluate(rows)
-        assert again.tokens == evaluation.tokens and again.loss == pytest.approx(evaluation.loss, rel=1e-6)
+        again = other.evaluate_rows(rows, other.params)
+        assert again.count == evaluation.count and again.loss == pytest.approx(evaluation.loss, rel=1e-6)
         other.finish()
 
 

@@ -15,7 +15,7 @@ from maxkit.models.config import Execution
 from maxkit.models.definition import ModelDefinition
 from maxkit.models.lora import LoraConfig
 from maxkit.objectives import NextToken
-from maxkit.train.step import compile_train_step, eval_step, train_step
+from maxkit.train.step import compile_train_step, eval_step, total_weights, train_step
 from maxkit.types import TrainState
 
 OBJECTIVE = NextToken(num_tiles=2, z_loss=1e-3)
@@ -207,12 +207,14 @@ def test_metrics_are_the_loss_its_parts_and_the_norm_of_the_gradient():
     assert int(state.step) == 1
 
 
-def test_evaluation_gives_sums_and_weights():
+def test_evaluation_of_parts_adds_up_to_the_whole():
     definition, batch = ModelDefinition(TINY), random_batch(TINY)
-    terms, denominators = eval_step(definition, NextToken())(weights(definition), batch)
-    assert float(denominators["tokens"]) == float(batch.loss_mask.sum())
-    nll = float(cached_update()[1]["loss/nll"])
-    assert float(terms["tokens"]) == pytest.approx(nll * float(batch.loss_mask.sum()), rel=1e-5)
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(batch.tokens.shape[0])]
+    total = total_weights(NextToken(), parts)
+    assert float(total["tokens"]) == float(batch.loss_mask.sum())
+    evaluate = eval_step(definition, NextToken())
+    found = sum(float(evaluate(weights(definition), part, None, total)["loss/nll"]) for part in parts)
+    assert found == pytest.approx(float(cached_update()[1]["loss/nll"]), rel=1e-5)
 
 
 # ---------------------------------------------------------------- the compiled step

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe's part of a run: how its data are read, where batches come from, what its evaluation measures.
+
+`Run` (session.py) does everything else and does not ask which recipe it is. One class per kind of data:
+
+    load_data   before the weights are there
+    prepare     when they are: columns that a model computes, a teacher, a reference
+    source      the updates' batches
+    evaluate    the held-out examples
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from maxkit.config import Pretrain, RecipeConfig, Sft
+from maxkit.data.build import ChatData, TextData, chat_rows, text_rows
+from maxkit.data.tokenizer import Tokenizer
+from maxkit.errors import UserError
+from maxkit.run.batches import RowBatches
+from maxkit.train.loop import BatchSource
+from maxkit.types import Tree
+
+if TYPE_CHECKING:
+    from maxkit.run.session import Evaluation, Run
+
+
+class Task(Protocol):
+    """What `Run` asks of a recipe. `headline` is the metric of its evaluation that the figures follow."""
+
+    headline: str
+
+    def load_data(self, run: "Run") -> tuple[Any, Tokenizer]:
+        """The data, with a `.report`, and the tokenizer they were read with."""
+
+    def prepare(self, run: "Run") -> None:
+        """Called when `run.state` is there, before `source`; may set `run.frozen`."""
+
+    def source(self, run: "Run") -> BatchSource:
+        """Where the batches come from."""
+
+    def digest(self, run: "Run") -> str:
+        """Of the examples: a continued run refuses others."""
+
+    def evaluate(self, run: "Run", params: Tree) -> "Evaluation":
+        """What the held-out examples say of `params`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokenTask:
+    """Rows that are made once, by `read`: text or conversations."""
+
+    read: Callable[["Run", Tokenizer | None], tuple[ChatData | TextData, Tokenizer]]
+    headline = "loss"
+
+    def load_data(self, run: "Run") -> tuple[ChatData | TextData, Tokenizer]:
+        """Read, encode, split and pack."""
+        source = run.blueprint.source
+        return self.read(run, source.tokenizer() if source is not None else None)
+
+    def prepare(self, run: "Run") -> None:
+        """Rows need no weights."""
+
+    def source(self, run: "Run") -> BatchSource:
+        """The training rows."""
+        return row_source(run)
+
+    def digest(self, run: "Run") -> str:
+        """Of the training rows."""
+        return run.data.train.digest()
+
+    def evaluate(self, run: "Run", params: Tree) -> "Evaluation":
+        """Mean negative log-likelihood of the held-out rows, in nats per trained token."""
+        return run.evaluate_rows(run.data.held_out, params)
+
+
+def read_text(run: "Run", tokenizer: Tokenizer | None) -> tuple[TextData, Tokenizer]:
+    """Plain text; a model that has no tokenizer gets one that is trained here."""
+    cfg = run.cfg
+    assert isinstance(cfg, Pretrain)
+    data = text_rows(cfg, seed=cfg.seed, tokenizer=tokenizer, vocab_size=None if tokenizer else cfg.vocab_size)
+    return data, data.tokenizer
+
+
+def read_chat(run: "Run", tokenizer: Tokenizer | None) -> tuple[ChatData, Tokenizer]:
+    """Conversations, of which the assistant's part is trained."""
+    tokenizer = needed(run, tokenizer)
+    return chat_rows(run.cfg, tokenizer, seed=run.cfg.seed), tokenizer
+
+
+def needed(run: "Run", tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer of a recipe that cannot do without.
+
+    Raises:
+        UserError: the model has none.
+    """
+    if tokenizer is None:
+        raise UserError(f"model={run.cfg.model!r} has no tokenizer: a chat model needs one with a chat template")
+    return tokenizer
+
+
+def row_source(run: "Run") -> RowBatches:
+    """The training rows in the order that the recipe's seed and `shuffle` say."""
+    cfg = run.cfg
+    return RowBatches(run.data.train, run.place, batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
+
+
+TASKS: dict[type[RecipeConfig], Task] = {Pretrain: NextTokenTask(read_text), Sft: NextTokenTask(read_chat)}
