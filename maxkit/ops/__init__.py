@@ -6,6 +6,7 @@ The functions carry the names of their files, so they are imported at once: a la
 
 from maxkit.ops.attention import AttentionCall, KernelChoice, attention, choose_kernel, reference_attention
 from maxkit.ops.cross_entropy import cross_entropy
+from maxkit.ops.divergence import divergence, token_divergence, token_divergence_top_k
 from maxkit.ops.token_logps import token_logps
 from maxkit.ops.visibility import Span, Visibility
 
@@ -17,6 +18,9 @@ __all__ = [
     "attention",
     "choose_kernel",
     "cross_entropy",
+    "divergence",
     "reference_attention",
+    "token_divergence",
+    "token_divergence_top_k",
     "token_logps",
 ]
