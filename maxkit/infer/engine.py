@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,11 +95,15 @@ class Engine:
         *,
         batch_size: int = 8,
         cache_size: int | None = None,
+        prompt_size: int | None = None,
         eos_ids: Sequence[int] = (),
         mesh: Mesh | None = None,
     ):
         """`batch_size` rows at a time; `cache_size` tokens a row, prompt included (None: the model's
         max_seq_len).
+
+        With `prompt_size` every prompt has at most so many tokens, and `generate_batch` always runs one program of
+        `batch_size` rows, `prompt_size` tokens and the whole cache, however few and short the prompts are.
 
         `eos_ids` end a row. `mesh` is set around every call; None leaves the one in force.
 
@@ -112,10 +117,12 @@ class Engine:
             raise UserError(f"batch_size={batch_size} must be at least 1")
         if not 1 <= cache_size <= config.max_seq_len:
             raise UserError(f"cache_size={cache_size} must be from 1 to the model's max_seq_len={config.max_seq_len}")
+        if prompt_size is not None and not 1 <= prompt_size <= cache_size:
+            raise UserError(f"prompt_size={prompt_size} must be from 1 to cache_size={cache_size}")
         if wrong := [token for token in eos_ids if not 0 <= token < config.vocab_size]:
             raise UserError(f"eos_ids={wrong} are not in the vocabulary of {config.vocab_size} tokens")
         self.definition, self.params, self.mesh = definition, params, mesh
-        self.batch_size, self.cache_size = batch_size, cache_size
+        self.batch_size, self.cache_size, self.prompt_size = batch_size, cache_size, prompt_size
         # -1 is no token: an engine without stop tokens runs the same program.
         self.eos_ids = np.asarray(sorted(set(eos_ids)) or [-1], np.int32)
 
@@ -145,7 +152,7 @@ class Engine:
         tokens, logps, stopped = [], [], []
         for first in range(0, len(prompts), self.batch_size):
             group = prompts[first : first + self.batch_size]
-            rows = min(_bucket(len(group), 1), self.batch_size)
+            rows = self.batch_size if self.prompt_size else min(_bucket(len(group), 1), self.batch_size)
             ids, lengths = self._pad(group, rows)
             how = controls(
                 rows,
@@ -156,7 +163,9 @@ class Engine:
                 first_request=first_request + first,
             )
             limits = np.where(np.arange(rows) < len(group), max_new_tokens, 0).astype(np.int32)
-            size = min(_bucket(int(lengths.max()) + max_new_tokens), self.cache_size)
+            size = self.cache_size
+            if not self.prompt_size:
+                size = min(_bucket(int(lengths.max()) + max_new_tokens), size)
             with self._mesh():
                 out = _generate_batch(self.definition, self.params, ids, lengths, how, limits, self.eos_ids, size)
             out_tokens, out_logps, counts, ended = (np.asarray(x)[: len(group)] for x in jax.device_get(out))
@@ -236,6 +245,8 @@ class Engine:
         for number, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise UserError(f"prompt {number} is empty: give at least one token to continue from")
+            if self.prompt_size and len(prompt) > self.prompt_size:
+                raise UserError(f"prompt {number} has {len(prompt)} tokens; this engine reads {self.prompt_size}")
             if len(prompt) + max_new_tokens > limit:
                 raise UserError(
                     f"prompt {number} has {len(prompt)} tokens, with max_new_tokens={max_new_tokens} that is "
@@ -248,8 +259,8 @@ class Engine:
 
     def _pad(self, prompts: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids [rows, P], padded on the right, and lengths [rows]; a row without a prompt has one token."""
-        longest = max(len(prompt) for prompt in prompts)
-        ids = np.zeros((rows, min(_bucket(longest), self.cache_size)), np.int32)
+        width = self.prompt_size or min(_bucket(max(len(prompt) for prompt in prompts)), self.cache_size)
+        ids = np.zeros((rows, width), np.int32)
         lengths = np.ones(rows, np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
@@ -294,7 +305,8 @@ def _generate_batch(definition, params, ids, lengths, how, limits, eos_ids, cach
     )
     start = (jnp.int32(1), state, tokens, logps, meshes.constrain(counts.astype(jnp.int32), "B"))
     _, state, tokens, logps, counts = jax.lax.while_loop(keep_going, body, start)
-    return tokens, logps, counts, state.stopped
+    # Whole on every device, so that each of several processes can read all of it.
+    return tuple(meshes.replicate(x) for x in (tokens, logps, counts, state.stopped))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -149,6 +149,7 @@ def _prompt(record: Any, tokenizer: Tokenizer, as_chat: bool, row: int, source: 
         keys = ", ".join(map(str, list(record)[:6])) if isinstance(record, Mapping) else type(record).__name__
         raise BadRow("malformed", f"a row must be an object with prompt and answer; it has: {keys or 'nothing'}")
     prompt, columns = record["prompt"], {name: value for name, value in record.items() if name != "prompt"}
+    columns |= _answer(columns.pop("answer", None))
     if isinstance(prompt, str):
         text, question = prompt, [{"role": "user", "content": prompt}] if as_chat else prompt
     elif isinstance(prompt, Sequence) and prompt:
@@ -163,7 +164,7 @@ def _prompt(record: Any, tokenizer: Tokenizer, as_chat: bool, row: int, source: 
         raise BadRow("malformed", str(error)) from None
     if not ids:
         raise BadRow("empty", "the prompt has no tokens")
-    return Prompt(ids, text, columns | _answer(columns), row, source)
+    return Prompt(ids, text, columns, row, source)
 
 
 def _last_text(messages: Sequence[Any]) -> str:
@@ -174,9 +175,8 @@ def _last_text(messages: Sequence[Any]) -> str:
     return content
 
 
-def _answer(columns: Mapping[str, Any]) -> dict[str, str]:
+def _answer(answer: Any) -> dict[str, str]:
     """{"answer": text}, or nothing where the row has none."""
-    answer = columns.get("answer")
     if answer is None:
         return {}
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
