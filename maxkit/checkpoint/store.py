@@ -279,11 +279,12 @@ class CheckpointStore:
             _WRITERS[str(self.directory)] = self
         self._remove_remains()
 
-    def _remove_remains(self) -> None:
-        """Delete what an interrupted save or deletion left. Only the holder of the lock may."""
-        for path in self.directory.iterdir():
-            if _TEMPORARY in path.name or path.name.startswith(_DELETED):
-                path.rmtree()
+    def _remove_remains(self) -> bool:
+        """Delete what an interrupted save or deletion left; whether there was any. Only the holder of the lock may."""
+        remains = [p for p in self.directory.iterdir() if _TEMPORARY in p.name or p.name.startswith(_DELETED)]
+        for path in remains:
+            path.rmtree()
+        return bool(remains)
 
     def _new_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=True, save_root_metadata=False)
@@ -421,9 +422,11 @@ class CheckpointStore:
         manager, self._manager = self._manager, None
         with contextlib.suppress(Exception):  # it reports the same error again
             manager.close()
-        with contextlib.suppress(OSError):
-            if jax.process_index() == 0:
-                self._remove_remains()
+        for pause in (0.0, 0.05, 0.2, 0.5, 1.0):  # threads of that save may still be writing: until nothing comes back
+            time.sleep(pause)
+            with contextlib.suppress(OSError):
+                if jax.process_index() != 0 or (not self._remove_remains() and pause):
+                    break
         self._manager = self._new_manager()
         before = self.latest_step()
         rest = "no earlier step exists" if before is None else f"step {before} is intact"
