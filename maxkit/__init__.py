@@ -19,6 +19,7 @@ __getattr__, __dir__ = attach(
         "ops": "maxkit.ops",
         "optim": "maxkit.optim",
         "infer": "maxkit.infer",
+        "eval": "maxkit.eval",
         "UserError": "maxkit.errors:UserError",
     },
 )

@@ -18,8 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from maxkit.checkpoint.inspect import as_path
 from maxkit.data.config import DataConfig
 from maxkit.errors import UserError, nearest
-from maxkit.models.lora import LoraConfig
+from maxkit.eval.config import EvalConfig
+from maxkit.mesh_axes import parse_sizes
+from maxkit.models.lora import LoraFields
+from maxkit.objectives.config import DistillConfig, PreferenceConfig
 from maxkit.optim.config import OptimizerConfig
+from maxkit.rl.config import RlConfig
 from maxkit.train.config import LAYOUTS, RUN_DIR, CheckpointConfig, TrainConfig
 from maxkit.typed import convert, type_name
 
@@ -84,7 +88,7 @@ class RecipeConfig(DataConfig, OptimizerConfig, CheckpointConfig, TrainConfig, P
     """What every training recipe takes; a recipe adds its own fields and defaults."""
 
 
-class Sft(RecipeConfig):
+class Sft(LoraFields, RecipeConfig):
     """Supervised fine-tuning of a pretrained chat model on conversations."""
 
     model: str = Field("smollm2-135m-instruct", description=TrainConfig.model_fields["model"].description)
@@ -93,8 +97,6 @@ class Sft(RecipeConfig):
     steps: int = Field(24, ge=0, description=TrainConfig.model_fields["steps"].description)
     batch_size: int = Field(4, ge=1, description=TrainConfig.model_fields["batch_size"].description)
     learning_rate: float = Field(5e-5, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
-    lora_rank: int = Field(0, ge=0, description="Rank of LoRA matrices beside frozen weights; 0 trains all weights.")
-    lora_alpha: float = Field(16.0, gt=0, description="LoRA's product is scaled by lora_alpha / lora_rank.")
 
     @field_validator("model")
     @classmethod
@@ -103,10 +105,38 @@ class Sft(RecipeConfig):
             raise ValueError("must name a pretrained model, for example 'smollm2-135m-instruct'")
         return value
 
-    @property
-    def lora(self) -> LoraConfig | None:
-        """The adapters; None where all weights are trained."""
-        return LoraConfig(rank=self.lora_rank, alpha=self.lora_alpha) if self.lora_rank else None
+
+class Dpo(LoraFields, PreferenceConfig, RecipeConfig):
+    """Preference optimisation of a chat model on pairs of answers, of which one is preferred."""
+
+    model: str = Field("smollm2-135m-instruct", min_length=1, description=TrainConfig.model_fields["model"].description)
+    dataset: str = Field(
+        "piqa",
+        min_length=1,
+        description="Pairs: a packaged set of questions (piqa, openbookqa, commonsenseqa: the right option is preferred), "
+        "or a .jsonl or .parquet file with prompt, chosen and rejected.",
+    )
+    eval_period: int = Field(10, ge=0, description=TrainConfig.model_fields["eval_period"].description)
+    steps: int = Field(30, ge=0, description=TrainConfig.model_fields["steps"].description)
+    batch_size: int = Field(4, ge=1, description="Rows of pairs per update over all hosts.")
+    seq_len: int = Field(256, ge=2, description="Tokens in a row, which holds both sides of each of its pairs.")
+    learning_rate: float = Field(2e-5, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
+
+
+class Grpo(LoraFields, RlConfig, RecipeConfig):
+    """Reinforcement learning with verifiable rewards: answers are sampled, checked, and compared in groups."""
+
+    model: str = Field("smollm2-135m-instruct", min_length=1, description=TrainConfig.model_fields["model"].description)
+    seq_len: int = Field(128, ge=2, description="Tokens of prompt and answer together.")
+    learning_rate: float = Field(1e-5, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
+
+
+class Distill(DistillConfig, RecipeConfig):
+    """Distillation: a student learns the teacher's distribution over the next token."""
+
+    model: str = Field("smollm2-135m-instruct", min_length=1, description="The student: a model name or path.")
+    teacher: str = Field("smollm2-135m-instruct", min_length=1, description=DistillConfig.model_fields["teacher"].description)
+    dataset: str = Field("chatterbot-all", description=DataConfig.model_fields["dataset"].description)
 
 
 class Pretrain(RecipeConfig):
@@ -180,6 +210,34 @@ class Convert(Parameters):
         return self
 
 
+class Eval(EvalConfig, Parameters):
+    """Evaluation of a model on tasks; nothing is trained."""
+
+    model: str = Field("smollm2-135m-instruct", description=TrainConfig.model_fields["model"].description)
+    load_parameters_path: str | None = Field(
+        None, description=TrainConfig.model_fields["load_parameters_path"].description
+    )
+    config: str | None = Field(None, description=TrainConfig.model_fields["config"].description)
+    checkpoint_missing_param_policy: Literal["error", "warn", "init"] = Field(
+        "error", description=TrainConfig.model_fields["checkpoint_missing_param_policy"].description
+    )
+    scan_layers: bool | None = Field(None, description=TrainConfig.model_fields["scan_layers"].description)
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Cast the weights, and compute in this type; none: as stored."
+    )
+    mesh: str = Field("", description=TrainConfig.model_fields["mesh"].description)
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Of the values that checkpoint_missing_param_policy=init draws; nothing else."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> "Eval":
+        if not (self.load_parameters_path or self.model).strip():
+            raise ValueError("model or load_parameters_path must name what is evaluated")
+        parse_sizes(self.mesh)
+        return self
+
+
 class RecipeEntry(NamedTuple):
     """One row of the registry. `smoke` is the smallest run that still does everything, for CI."""
 
@@ -211,6 +269,13 @@ RECIPES: dict[str, RecipeEntry] = {
         "SmolLM2-135M-Instruct for MaxText and back: equal weights, the same text, the same bytes",
         "convert.ipynb",
         {"max_new_tokens": 4},
+    ),
+    "eval": RecipeEntry(
+        Eval,
+        "Evaluating a model",
+        "SmolLM2-135M-Instruct on multiple choice, sums and text: accuracies with intervals, against chance",
+        "eval.ipynb",
+        {"tasks": ("piqa", "sums", "pydoc"), "limit": 4, "seq_len": 32},
     ),
 }
 

@@ -33,6 +33,7 @@ from maxkit.data.entropy import bigram_entropy, empirical_bigram_entropy, unigra
 from maxkit.data.loader import Rows, eval_batches
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.errors import Stopped, UserError
+from maxkit.eval import Result, Task, evaluate
 from maxkit.infer.generate import generate
 from maxkit.models.definition import ModelDefinition
 from maxkit.optim import learning_rate_at
@@ -439,6 +440,14 @@ class Run:
             return self.assess(prompts, **options)
         finally:
             self.state, self.steps_done = trained, done
+
+    def evaluate_tasks(self, tasks: Sequence[str | Task], **options: Any) -> dict[str, Result]:
+        """What `maxkit.eval.evaluate` says of the weights as they are now; each metric is kept under its step."""
+        with jax.set_mesh(self.mesh):
+            results = evaluate(self.loaded, tasks, **options)
+        for name, result in results.items():
+            self.metrics |= {f"{name}/{k}_at_{self.steps_done}": value for k, value in result.metrics.items()}
+        return results
 
     def uses_defaults(self) -> bool:
         """Whether the settings that decide the numbers are the defaults, so that the reference values apply."""
