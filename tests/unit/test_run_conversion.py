@@ -115,8 +115,8 @@ def test_sizes_are_those_of_the_arrays(source):
 def test_the_layout_figure_counts_arrays_of_both_layouts():
     config = definition_of("gemma", True).config
     figure = checkpoint_figures.layout_figure(config, ("attention/query/kernel",), title="Layouts")
-    # 14 layers: a pattern of 6, twice, and 2 that are left over.
-    assert "scan_layers=True 8 arrays and scan_layers=False 14 arrays" in figure.alt
+    # 14 layers: six blocks of a pattern, two layers each; and one block, twice, that is left over.
+    assert "scan_layers=True 7 arrays and scan_layers=False 14 arrays" in figure.alt
     with pytest.raises(UserError, match="no layer of this model has nothing"):
         checkpoint_figures.layout_figure(config, ("nothing",), title="Layouts")
 
