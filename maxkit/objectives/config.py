@@ -5,8 +5,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-NEEDS_REFERENCE = ("sigmoid", "robust", "ipo", "hinge")
-
 
 class PreferenceConfig(BaseModel):
     """Which preference loss, and how sharply it compares the two answers."""
@@ -21,9 +19,12 @@ class PreferenceConfig(BaseModel):
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="Share of the labels taken to be swapped (sigmoid and robust)."
     )
-    margin: float = Field(0.0, ge=0, description="By how much the chosen answer shall win (simpo: gamma).")
-    nll_weight: float = Field(
-        0.0, ge=0, description="Coefficient of the chosen answers' negative log-likelihood; orpo needs it above 0."
+    margin: float = Field(0.5, ge=0, description="By how much the chosen answer shall win (simpo: gamma).")
+    nll_weight: float | None = Field(
+        None, ge=0, description="Coefficient of the chosen answers' negative log-likelihood; none: 1 for orpo, else 0."
+    )
+    swap_labels: bool = Field(
+        False, description="Train on the pairs the wrong way round: a control, which must make the held-out ones worse."
     )
 
 

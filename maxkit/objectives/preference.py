@@ -32,7 +32,9 @@ SMOOTHED = ("sigmoid", "robust", "orpo", "simpo")
 
 
 def sigmoid(margins: jax.Array, beta: float = 0.1, label_smoothing: float = 0.0) -> jax.Array:
-    """The loss of DPO, of margins h: -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h).
+    """DPO on margins h, with label smoothing s.
+
+        -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)
 
     Rafailov et al. 2023, arXiv 2305.18290, equation 7; s (Mitchell 2023, "cDPO") is the chance that a label is wrong.
     Equal to Tunix 0.1.7 within 2e-5 (tests/unit/test_tunix_parity.py).

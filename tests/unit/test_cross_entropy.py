@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxprs import all_logits, shapes
+from jaxprs import all_logits, equations, shapes
 from tiny_models import tiny, weights
 
 from maxkit import ops

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxprs import all_logits, shapes
+from jaxprs import all_logits, equations, shapes
 from tiny_models import tiny, weights
 
 from maxkit import ops
@@ -138,7 +138,7 @@ def test_all_parameters_of_a_model_get_the_untiled_gradient(tie):
 
 @pytest.mark.parametrize("frozen_head", [False, True])
 def test_no_array_holds_the_logits_of_all_tokens(frozen_head):
-    """Forward and backward; a frozen head gets no gradient of the size of the head."""
+    """Forward and backward; nor is the gradient of a frozen head computed."""
     definition = ModelDefinition(tiny(vocab_size=V, num_layers=1), lora=LoraConfig(rank=2) if frozen_head else None)
     trained, base = definition.split_trainable(definition.shapes)
     tokens = jnp.zeros((4, 24), jnp.int32)
@@ -147,4 +147,8 @@ def test_no_array_holds_the_logits_of_all_tokens(frozen_head):
         return shapes(jax.value_and_grad(of_model(definition, num_tiles, tokens)), trained, base)
 
     assert not all_logits(found(3), 4, 24, V)
+    if frozen_head:
+        program = jax.make_jaxpr(jax.grad(of_model(definition, 3, tokens)))(trained, base).jaxpr
+        products = {eqn.outvars[0].aval.shape for eqn in equations(program) if eqn.primitive.name == "dot_general"}
+        assert (4, 8, V) in products and (V, D) not in products
     assert all_logits(found(1), 4, 24, V)  # the search itself finds them where they are
