@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from maxkit import mesh as meshes
 from maxkit.checkpoint import load
-from maxkit.config import Pretrain, RecipeConfig
+from maxkit.config import Eval, Pretrain, RecipeConfig
 from maxkit.errors import UserError
 from maxkit.formats import presets
 from maxkit.models.config import Execution, ModelConfig
@@ -112,7 +112,7 @@ def batch_shapes(cfg: RecipeConfig, mesh: Mesh) -> Batch:
     return Batch(**integers, loss_mask=shape("float32"), columns=columns)
 
 
-def architecture(cfg: RecipeConfig) -> tuple[ModelConfig, load.Source | None, str | None]:
+def architecture(cfg: RecipeConfig | Eval) -> tuple[ModelConfig, load.Source | None, str | None]:
     """(architecture, opened source of weights or None, its path or name).
 
     `model` gives the architecture and, unless `load_parameters_path` is set, the weights; the name of a preset gives

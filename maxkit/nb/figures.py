@@ -136,6 +136,43 @@ def bars_figure(
         return finish(canvas, f"Bar chart, {title}. " + "; ".join(parts) + ".", save_as)
 
 
+def intervals_figure(
+    rows: Mapping[str, tuple[float, float, float, float | None]],
+    *,
+    title: str,
+    xlabel: str,
+    save_as: str | Path | None = None,
+) -> Figure:
+    """Shares with their intervals, one line each: {"piqa": (share, low, high, what guessing reaches or None)}.
+
+    Raises:
+        UserError: no rows.
+    """
+    if not rows:
+        raise UserError("intervals_figure: there is nothing to show")
+    with matplotlib.rc_context(STYLE):
+        canvas, axes = _card(title, xlabel, "")
+        for y, (value, low, high, chance) in enumerate(rows.values()):
+            axes.plot([low, high], [y, y], color=COLOURS[0], linewidth=2.2, solid_capstyle="butt", zorder=2)
+            axes.plot(value, y, "o", color=COLOURS[0], markersize=8, zorder=3, label="" if y else "measured, 95 %")
+            axes.annotate(f"{value:.2f}", (value, y), (0, 9), textcoords="offset points", ha="center", fontsize=9.5)
+            if chance is not None:
+                axes.plot([chance, chance], [y - 0.3, y + 0.3], color=COLOURS[1], linestyle="--", linewidth=2, zorder=2)
+        if any(chance is not None for *_, chance in rows.values()):
+            axes.plot([], [], color=COLOURS[1], linestyle="--", linewidth=2, label="guessing")
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_xlim(0, 1)
+        axes.set_ylim(len(rows) - 0.4, -0.7)  # the first row on top
+        axes.grid(False, axis="y")
+        axes.legend(frameon=False, fontsize=9.5)
+        told = [
+            f"{name} {value:.2f} ({low:.2f} to {high:.2f}"
+            + (f", guessing {chance:.2f})" if chance is not None else ")")
+            for name, (value, low, high, chance) in rows.items()
+        ]
+        return finish(canvas, f"{title}: " + "; ".join(told) + ".", save_as)
+
+
 def save(figure: Figure, path: str | Path) -> Figure:
     """Write `path` with the suffixes `.svg` and `.png`; the figure with its paths.
 

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of recipes: what notebooks and scripts call. `session.py` is a run that trains, `conversion.py` one that
-converts, `cards.py` what they show of themselves.
+converts, `evaluation.py` one that evaluates, `cards.py` what they show of themselves.
 """
 
 from maxkit.run.cards import describe_artifacts
 from maxkit.run.conversion import ConversionRun, RoundTrip, start_conversion
+from maxkit.run.evaluation import EvaluationRun, start_evaluation
 from maxkit.run.session import Assessment, Evaluation, Run, start
 
 __all__ = [
     "Assessment",
     "ConversionRun",
     "Evaluation",
+    "EvaluationRun",
     "RoundTrip",
     "Run",
     "describe_artifacts",
     "start",
     "start_conversion",
+    "start_evaluation",
 ]
