@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from maxkit.data.config import DataConfig
 from maxkit.train.config import TrainConfig
 
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "sequence_scale"]
 Advantage = Literal["group_std", "group_mean", "leave_one_out"]
 RatioLevel = Literal["token", "sequence"]
 
@@ -32,7 +32,7 @@ class Algorithm(NamedTuple):
 # (2507.18071, section 5.1); Ahmadian et al. 2024 (2402.14740). None has a KL term unless `beta` is given.
 ALGORITHMS: dict[str, Algorithm] = {
     "grpo": Algorithm("sequence_mean", "token", 0.2, 0.2, "group_std"),
-    "dr_grpo": Algorithm("fixed_length", "token", 0.2, 0.2, "group_mean"),
+    "dr_grpo": Algorithm("sequence_scale", "token", 0.2, 0.2, "group_mean"),
     "dapo": Algorithm("token_mean", "token", 0.2, 0.28, "group_std", dynamic_sampling=True),
     "gspo": Algorithm("sequence_mean", "sequence", 3e-4, 4e-4, "group_std"),
     "rloo": Algorithm("sequence_sum", "token", 0.2, 0.2, "leave_one_out"),
@@ -83,7 +83,7 @@ class RlConfig(DataConfig, TrainConfig):
     aggregation: Aggregation | None = Field(
         None,
         description="Mean over tokens, mean over sequences of their token means, of their token sums, or of their "
-        "token sums divided by max_new_tokens (fixed_length).",
+        "token sums divided by max_new_tokens (sequence_scale).",
     )
     ratio_level: RatioLevel | None = Field(
         None, description="Whether each token or each sequence (mean log-ratio of its tokens) has its ratio."
@@ -136,6 +136,9 @@ class RlConfig(DataConfig, TrainConfig):
             raise ValueError(
                 f"overlong_buffer={self.overlong_buffer} must be below max_new_tokens={self.max_new_tokens}"
             )
+        least = 1 + self.choice("epsilon_high")
+        if self.dual_clip is not None and self.dual_clip < least:
+            raise ValueError(f"dual_clip={self.dual_clip} must be at least 1 + epsilon_high = {least}")
         return self
 
     @property
@@ -167,5 +170,6 @@ class RlConfig(DataConfig, TrainConfig):
     def policy_arguments(self) -> dict[str, Any]:
         """The arguments of `objectives.policy.Policy`."""
         rows = {name: self.choice(name) for name in ("aggregation", "ratio_level", "epsilon_low", "epsilon_high")}
+        length = self.max_new_tokens if rows["aggregation"] == "sequence_scale" else None
         given = {name: getattr(self, name) for name in ("dual_clip", "beta", "kl_estimator", "temperature")}
-        return {**rows, **given, "num_tiles": self.num_vocab_tiling, "max_tokens": self.max_new_tokens}
+        return {**rows, **given, "num_tiles": self.num_vocab_tiling, "max_tokens": length}
