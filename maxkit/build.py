@@ -14,15 +14,25 @@ from jax.sharding import Mesh
 
 from maxkit import mesh as meshes
 from maxkit.checkpoint import load
-from maxkit.config import Eval, Pretrain, RecipeConfig
+from maxkit.config import Distill, Dpo, Eval, Grpo, Pretrain, RecipeConfig
 from maxkit.errors import UserError
 from maxkit.formats import presets
 from maxkit.models.config import Execution, ModelConfig
 from maxkit.models.definition import ModelDefinition
 from maxkit.models.lora import LoraConfig, LoraFields
-from maxkit.objectives import NextToken
+from maxkit.objectives import Distill as Distillation
+from maxkit.objectives import NextToken, Policy, Preference
 from maxkit.optim import make_optimizer
+from maxkit.train.step import Objective
 from maxkit.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The structure of a teacher, and where its weights are."""
+
+    definition: ModelDefinition
+    source: load.Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +44,12 @@ class Blueprint:
     """
 
     definition: ModelDefinition
-    objective: NextToken
+    objective: Objective
     optimizer: optax.GradientTransformation
     source: load.Source | None
     start: str | None
     notes: tuple[str, ...]
+    teacher: Teacher | None = None
 
 
 def blueprint(
@@ -59,6 +70,8 @@ def blueprint(
             a sequence longer than the model allows.
     """
     config, source, start = architecture(cfg) if config is None else (config, None, None)
+    teacher = open_teacher(cfg, config) if isinstance(cfg, Distill) else None
+    online = teacher.definition if isinstance(cfg, Distill) and teacher and not cfg.teacher_top_k else None
     stored, place = stored_scan_layers, where
     if stored is None and source is not None:
         stored, place = getattr(source, "scan_layers", None), start
@@ -83,20 +96,74 @@ def blueprint(
     trained, _ = definition.split_trainable(definition.letters)
     return Blueprint(
         definition=definition,
-        objective=NextToken(
-            num_tiles=cfg.num_vocab_tiling,
-            balance_loss=cfg.load_balance_loss_weight,
-            router_z_loss=cfg.router_z_loss_weight,
-        ),
+        objective=objective(cfg, online),
         optimizer=make_optimizer(cfg, max(cfg.steps, 1), trained),
         source=source,
         start=start,
         notes=(note, *evidence),
+        teacher=teacher,
     )
+
+
+def open_teacher(cfg: Distill, student: ModelConfig) -> Teacher:
+    """The model that `cfg.teacher` names, in its own layout.
+
+    Raises:
+        UserError: no such model, or one whose tokens are not the student's.
+    """
+    source = load.open_source(cfg.teacher, cfg.teacher_config)
+    if source.config.vocab_size != student.vocab_size:
+        raise UserError(
+            f"teacher={cfg.teacher} has vocab_size={source.config.vocab_size} and model={cfg.model} has "
+            f"{student.vocab_size}: distillation compares token by token, and needs one tokenizer"
+        )
+    scan_layers = getattr(source, "scan_layers", None)
+    execution = Execution(
+        scan_layers=True if scan_layers is None else scan_layers,
+        dtype=cfg.dtype,
+        attention_kernel=cfg.attention_kernel,
+        moe_dispatch=cfg.moe_dispatch,
+        moe_capacity_factor=cfg.moe_capacity_factor,
+    )
+    return Teacher(ModelDefinition(source.config, execution, getattr(source, "lora", None)), source)
+
+
+def objective(cfg: RecipeConfig, teacher: ModelDefinition | None = None) -> Objective:
+    """What the recipe minimises."""
+    if isinstance(cfg, Dpo):
+        return preference(cfg)
+    if isinstance(cfg, Grpo):
+        return Policy(**cfg.policy_arguments())
+    if isinstance(cfg, Distill):
+        return Distillation(
+            teacher=teacher,
+            divergence=cfg.divergence,
+            temperature=cfg.distill_temperature,
+            nll_weight=cfg.nll_weight,
+            mixture=cfg.divergence_mixture,
+            num_tiles=cfg.num_vocab_tiling,
+        )
+    return NextToken(
+        num_tiles=cfg.num_vocab_tiling,
+        balance_loss=cfg.load_balance_loss_weight,
+        router_z_loss=cfg.router_z_loss_weight,
+    )
+
+
+def preference(cfg: Dpo) -> Preference:
+    """The loss of a preference recipe."""
+    return Preference(cfg.loss, cfg.beta, cfg.label_smoothing, cfg.margin, cfg.nll_weight, cfg.num_vocab_tiling)
 
 
 def batch_columns(cfg: RecipeConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{column: (dtype, sizes behind [B, T])} of what a recipe's batches hold besides the fields of `Batch`."""
+    if isinstance(cfg, Dpo):
+        return {"ref_logps": ("float32", ())} if preference(cfg).needs_reference else {}
+    if isinstance(cfg, Grpo):
+        return {name: ("float32", ()) for name in cfg.policy_columns}
+    if isinstance(cfg, Distill) and cfg.teacher_top_k:
+        k = (cfg.teacher_top_k,)
+        return {"teacher_ids": ("int32", k), "teacher_logps": ("float32", k)}
     return {}
 
 

@@ -113,7 +113,7 @@ class Dpo(LoraFields, PreferenceConfig, RecipeConfig):
     dataset: str = Field(
         "piqa",
         min_length=1,
-        description="Pairs: a packaged set of questions (piqa, openbookqa, commonsenseqa: the right option is preferred), "
+        description="Pairs: a packaged set of questions (piqa, openbookqa, commonsenseqa), right option preferred, "
         "or a .jsonl or .parquet file with prompt, chosen and rejected.",
     )
     eval_period: int = Field(10, ge=0, description=TrainConfig.model_fields["eval_period"].description)
@@ -135,7 +135,9 @@ class Distill(DistillConfig, RecipeConfig):
     """Distillation: a student learns the teacher's distribution over the next token."""
 
     model: str = Field("smollm2-135m-instruct", min_length=1, description="The student: a model name or path.")
-    teacher: str = Field("smollm2-135m-instruct", min_length=1, description=DistillConfig.model_fields["teacher"].description)
+    teacher: str = Field(
+        "smollm2-135m-instruct", min_length=1, description=DistillConfig.model_fields["teacher"].description
+    )
     dataset: str = Field("chatterbot-all", description=DataConfig.model_fields["dataset"].description)
 
 
@@ -178,7 +180,7 @@ class Convert(Parameters):
     )
     load_parameters_path: str | None = Field(None, description="Checkpoint that is converted.")
     config: str | None = Field(None, description=TrainConfig.model_fields["config"].description)
-    to: Literal["maxkit", "hf", "maxtext-linen", "maxtext-nnx"] = Field(
+    to: Literal["maxkit", "hf", "peft", "maxtext-linen", "maxtext-nnx"] = Field(
         "maxtext-linen", description="Format to write: ours, a Hugging Face folder, or one that MaxText restores."
     )
     scan_layers: bool | None = Field(

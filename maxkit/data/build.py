@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a `DataConfig` to training and held-out rows: read, split, encode, pack, and account for every row."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from maxkit.data.chat import encode_chat
 from maxkit.data.config import DataConfig
 from maxkit.data.loader import Rows
 from maxkit.data.packing import Example, chunk_text, pack
+from maxkit.data.preferences import Pair, encode_pairs, pack_pairs, pairs
 from maxkit.data.report import RowReport
 from maxkit.data.sources import Conversation, Message, conversations, documents
 from maxkit.data.tokenizer import Tokenizer, train_bpe
@@ -34,6 +36,57 @@ class TextData(NamedTuple):
     tokenizer: Tokenizer
     train_tokens: np.ndarray
     held_out_tokens: np.ndarray
+
+
+class PreferenceData(NamedTuple):
+    """Packed rows of whole pairs of both splits, the account of what was read, and the held-out pairs."""
+
+    train: Rows
+    held_out: Rows
+    report: RowReport
+    held_out_pairs: list[Pair]
+
+
+def preference_rows(cfg: DataConfig, tokenizer: Tokenizer, *, seed: int, swap: bool = False) -> PreferenceData:
+    """Encode the pairs of `cfg.dataset` with the tokenizer's chat template; only the answers are trained.
+
+    All pairs of one prompt are on the same side of the split, which is a permutation of the prompts drawn from `seed`.
+    `swap` exchanges chosen and rejected of the training pairs: a control, after which the model must prefer the wrong.
+
+    Raises:
+        UserError: as `chat_rows`.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template: use a chat model")
+    report = RowReport()
+    found = list(pairs(cfg.dataset, report))
+    _require_rows(found, "usable", cfg, report)
+    prompts: dict[str, list[Pair]] = {}
+    for pair in found:
+        prompts.setdefault(json.dumps(pair.prompt, sort_keys=True), []).append(pair)
+    groups = list(prompts.values())
+    train_at, held_out_at = split_indices(len(groups), cfg.holdout_fraction, seed)
+    chosen = [pair.swapped() if swap else pair for i in train_at for pair in groups[i]]
+    train, _ = _pack_pairs(chosen, cfg, tokenizer, report)
+    held_out, used = _pack_pairs([pair for i in held_out_at for pair in groups[i]], cfg, tokenizer, report)
+    _require_rows(train, "training", cfg, report)
+    if cfg.holdout_fraction:
+        _require_rows(held_out, "held-out", cfg, report)
+    return PreferenceData(train, held_out, report, used)
+
+
+def _pack_pairs(found: list[Pair], cfg: DataConfig, tokenizer: Tokenizer, report: RowReport) -> tuple[Rows, list[Pair]]:
+    kept, encoded = encode_pairs(found, tokenizer, report)
+    packed = pack_pairs(encoded, cfg.seq_len, packing=cfg.packing, too_long=cfg.too_long, pad_id=tokenizer.pad_id or 0)
+    for index in packed.too_long:
+        tokens = sum(len(ids) for ids, _ in encoded[index])
+        report.reject_kept(
+            "too_long", kept[index].row, f"{tokens} tokens on both sides, seq_len={cfg.seq_len}", kept[index].source
+        )
+    for index in packed.truncated:
+        report.truncate(kept[index].row, f"both sides cut at {cfg.seq_len // 2} tokens", kept[index].source)
+    dropped = set(packed.too_long)
+    return Rows(packed.columns), [pair for index, pair in enumerate(kept) if index not in dropped]
 
 
 def chat_rows(cfg: DataConfig, tokenizer: Tokenizer, *, seed: int) -> ChatData:

@@ -63,7 +63,7 @@ def pack(
         kept.append((tokens[:seq_len], trained[:seq_len]))
     lengths = [len(tokens) for tokens, _ in kept]
     rows = first_fit(lengths, seq_len) if packing else [[index] for index in range(len(kept))]
-    return packed._replace(columns=_fill([[kept[index] for index in row] for row in rows], seq_len, pad_id))
+    return packed._replace(columns=lay_out([[kept[index] for index in row] for row in rows], seq_len, pad_id))
 
 
 def first_fit(lengths: Sequence[int], capacity: int, open_rows: int = OPEN_ROWS) -> list[list[int]]:
@@ -108,7 +108,8 @@ def chunk_text(ids: Sequence[int] | np.ndarray, seq_len: int, *, pad_id: int = 0
     return columns
 
 
-def _fill(rows: list[list[tuple[np.ndarray, np.ndarray]]], seq_len: int, pad_id: int) -> Columns:
+def lay_out(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], seq_len: int, pad_id: int) -> Columns:
+    """Rows of segments, each (ids, 1 where a token is trained), as columns; numbered from 1 in each row."""
     columns = _empty((len(rows), seq_len), pad_id)
     for row, segments in enumerate(rows):
         start = 0

@@ -114,7 +114,7 @@ def to_messages(record: Any) -> list[Message]:
     else:
         keys = ", ".join(map(str, list(record)[:6])) or "none"
         raise BadRow("malformed", f"no messages, prompt + completion or instruction + response; its keys: {keys}")
-    return _checked_messages(messages)
+    return checked_messages(messages)
 
 
 def _instruction(record: Mapping[str, Any]) -> Any:
@@ -130,7 +130,8 @@ def _exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _checked_messages(messages: Any) -> list[Message]:
+def checked_messages(messages: Any) -> list[Message]:
+    """A conversation with known roles and some text by the assistant. Raises `BadRow`."""
     if not isinstance(messages, list):
         raise BadRow("malformed", f"messages must be a list, not {type(messages).__name__}")
     if not messages:

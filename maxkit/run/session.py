@@ -380,10 +380,7 @@ class Run:
         return self.task.evaluate(self, self.params if params is None else params)
 
     def evaluate_rows(self, rows: Rows, params: Tree) -> Evaluation:
-        """The objective's metrics on all `rows` as if they were one batch: sums over all, divided once.
-
-        `loss` is the negative log-likelihood alone where the objective reports it ("loss/nll").
-        """
+        """The objective's metrics on all `rows` as if they were one batch: sums over all, divided once."""
         ways = meshes.batch_ways(self.mesh)
         size = -(-min(self.cfg.batch_size, max(len(rows), 1)) // ways) * ways
         total: dict[str, float] = {}
@@ -398,7 +395,6 @@ class Run:
                 for name, value in self._eval(params, batch, self.frozen, weights).items():
                     total[name] = total.get(name, 0.0) + float(value)
             tokens = float(rows.columns["loss_mask"].sum())
-        total["loss"] = total.pop("loss/nll", total["loss"])
         return Evaluation(total, int(tokens))
 
     def generate(self, prompts: Sequence[Any], **options: Any) -> list[str]:

@@ -10,14 +10,18 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from maxkit.config import Pretrain, RecipeConfig, Sft
-from maxkit.data.build import ChatData, TextData, chat_rows, text_rows
+from maxkit import build
+from maxkit.checkpoint import load
+from maxkit.config import Distill, Dpo, Pretrain, RecipeConfig, Sft
+from maxkit.data.build import ChatData, PreferenceData, TextData, chat_rows, preference_rows, text_rows
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.errors import UserError
 from maxkit.run.batches import RowBatches
+from maxkit.run.columns import kept_columns, reference_logps, rows_digest, teacher_columns
 from maxkit.train.loop import BatchSource
 from maxkit.types import Tree
 
@@ -67,11 +71,14 @@ class NextTokenTask:
 
     def digest(self, run: "Run") -> str:
         """Of the training rows."""
-        return run.data.train.digest()
+        return rows_digest(run.data.train)
 
     def evaluate(self, run: "Run", params: Tree) -> "Evaluation":
         """Mean negative log-likelihood of the held-out rows, in nats per trained token."""
-        return run.evaluate_rows(run.data.held_out, params)
+        found = run.evaluate_rows(run.data.held_out, params)
+        metrics = dict(found.metrics)
+        # Balance terms belong to training; what is compared is the likelihood.
+        return dataclasses.replace(found, metrics=metrics | {"loss": metrics.pop("loss/nll")})
 
 
 def read_text(run: "Run", tokenizer: Tokenizer | None) -> tuple[TextData, Tokenizer]:
@@ -105,4 +112,78 @@ def row_source(run: "Run") -> RowBatches:
     return RowBatches(run.data.train, run.place, batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
 
 
-TASKS: dict[type[RecipeConfig], Task] = {Pretrain: NextTokenTask(read_text), Sft: NextTokenTask(read_chat)}
+class PreferenceTask:
+    """Pairs of answers. A reference's log-probs are computed once, before the first update, and kept in the folder."""
+
+    headline = "rewards/accuracies"
+
+    def load_data(self, run: "Run") -> tuple[PreferenceData, Tokenizer]:
+        """Read, encode, split and pack the pairs."""
+        cfg, source = run.cfg, run.blueprint.source
+        assert isinstance(cfg, Dpo)
+        tokenizer = needed(run, source.tokenizer() if source is not None else None)
+        return preference_rows(cfg, tokenizer, seed=cfg.seed, swap=cfg.swap_labels), tokenizer
+
+    def prepare(self, run: "Run") -> None:
+        """Add the column `ref_logps` to the rows of both splits, where the loss has a reference."""
+        if "ref_logps" in build.batch_columns(run.cfg):
+            splits = {"train": run.data.train, "held_out": run.data.held_out}
+            columns = kept_columns(run, "reference", splits, lambda rows: {"ref_logps": reference_logps(run, rows)})
+            for name, rows in splits.items():
+                rows.columns |= columns[name]
+
+    def source(self, run: "Run") -> BatchSource:
+        """The training pairs."""
+        return row_source(run)
+
+    def digest(self, run: "Run") -> str:
+        """Of the tokens of the training pairs."""
+        return rows_digest(run.data.train)
+
+    def evaluate(self, run: "Run", params: Tree) -> "Evaluation":
+        """Loss, margins and accuracy on the held-out pairs."""
+        return run.evaluate_rows(run.data.held_out, params)
+
+
+class DistillTask:
+    """Conversations, and a teacher: in every update, or its likeliest tokens once."""
+
+    headline = "kl"
+
+    def load_data(self, run: "Run") -> tuple[ChatData, Tokenizer]:
+        """Read, encode, split and pack."""
+        source = run.blueprint.source
+        return read_chat(run, source.tokenizer() if source is not None else None)
+
+    def prepare(self, run: "Run") -> None:
+        """Load the teacher; with `teacher_top_k`, add its columns to the rows and let it go."""
+        cfg, teacher = run.cfg, run.blueprint.teacher
+        assert isinstance(cfg, Distill) and teacher is not None
+        read = lambda: load.read_params(teacher.source, teacher.definition, run.mesh, report=run.report)  # noqa: E731
+        if not cfg.teacher_top_k:
+            run.frozen = read()
+            return
+        splits = {"train": run.data.train, "held_out": run.data.held_out}
+        columns = kept_columns(run, "teacher", splits, functools.partial(teacher_columns, run, functools.cache(read)))
+        for name, rows in splits.items():
+            rows.columns |= columns[name]
+
+    def source(self, run: "Run") -> BatchSource:
+        """The training rows."""
+        return row_source(run)
+
+    def digest(self, run: "Run") -> str:
+        """Of the tokens of the training rows."""
+        return rows_digest(run.data.train)
+
+    def evaluate(self, run: "Run", params: Tree) -> "Evaluation":
+        """Divergence from the teacher and likelihood on the held-out rows."""
+        return run.evaluate_rows(run.data.held_out, params)
+
+
+TASKS: dict[type[RecipeConfig], Task] = {
+    Pretrain: NextTokenTask(read_text),
+    Sft: NextTokenTask(read_chat),
+    Dpo: PreferenceTask(),
+    Distill: DistillTask(),
+}
