@@ -143,8 +143,8 @@ def answer_metrics(rewards: Sequence[Reward], answered: Sequence[Answered]) -> d
 
 def _spread(name: str, values: np.ndarray) -> dict[str, float]:
     """Mean, min and max; 0 where there is no value."""
-    found = {"mean": np.mean, "min": np.min, "max": np.max}
-    return {name.format(kind): float(of(values)) if len(values) else 0.0 for kind, of in found.items()}
+    found = {"mean": values.mean(), "min": values.min(), "max": values.max()} if len(values) else {}
+    return {name.format(kind): float(found.get(kind, 0.0)) for kind in ("mean", "min", "max")}
 
 
 def evaluate(

@@ -33,6 +33,7 @@ from maxkit.rl.rewards import check_rewards
 from maxkit.types import Batch, TrainState, Tree
 
 SAMPLES = "completions.jsonl"
+FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")  # of a batch; the rest are its columns
 ADVANTAGES = {
     "group_std": advantages.group_std,
     "group_mean": advantages.group_mean,
@@ -277,7 +278,8 @@ class RolloutBatches:
         size = self.cfg.batch_size // self.cfg.gradient_accumulation_steps
         found = []
         for at in range(0, len(sequences.tokens), size):
-            part = Batch(**{f.name: rows[f.name][at : at + size] for f in dataclasses.fields(Batch) if f.name in rows})
+            fields: dict[str, Any] = {f: rows[f][at : at + size] for f in FIELDS}
+            part = Batch(**fields)
             logps = _batch_logps(
                 self._definition, params, part, np.float32(self.cfg.temperature), self.cfg.num_vocab_tiling
             )

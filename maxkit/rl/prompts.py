@@ -150,10 +150,11 @@ def _prompt(record: Any, tokenizer: Tokenizer, as_chat: bool, row: int, source: 
         raise BadRow("malformed", f"a row must be an object with prompt and answer; it has: {keys or 'nothing'}")
     prompt, columns = record["prompt"], {name: value for name, value in record.items() if name != "prompt"}
     columns |= _answer(columns.pop("answer", None))
+    question: Any = prompt
     if isinstance(prompt, str):
         text, question = prompt, [{"role": "user", "content": prompt}] if as_chat else prompt
     elif isinstance(prompt, Sequence) and prompt:
-        text, question = _last_text(prompt), prompt
+        text = _last_text(prompt)
     else:
         raise BadRow("empty" if prompt in (None, []) else "malformed", "prompt must be a text or a list of messages")
     if not text.strip():
