@@ -12,22 +12,25 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  (numpy then knows "bfloat16")
 import numpy as np
 
+from maxkit.checkpoint import mismatch
+from maxkit.checkpoint.adapters import base_name, is_adapter
 from maxkit.checkpoint.contents import OPTIMIZER_PLACES, StoreContents
 from maxkit.checkpoint.layout import Layout
 from maxkit.checkpoint.merge import Merged
 from maxkit.checkpoint.statement import for_huggingface
 from maxkit.errors import UserError, nearest
+from maxkit.formats import peft
 from maxkit.formats.contents import WEIGHTS, Contents
 from maxkit.formats.maxtext import containers, maxtext_form
 from maxkit.formats.maxtext import facts as maxtext_facts
 from maxkit.formats.maxtext import writer as maxtext_writer
 from maxkit.formats.maxtext.reader import make_places
+from maxkit.formats.peft import modules_of
 from maxkit.formats.restated import Restated
 from maxkit.formats.tables import find_table
 
-TARGETS = ("maxkit", "hf", *maxtext_writer.LAYOUTS)
+TARGETS = ("maxkit", "hf", "peft", *maxtext_writer.LAYOUTS)
 DTYPES = ("float32", "bfloat16", "float16")
-ADAPTERS = ("lora_a", "lora_b")
 
 
 class Tensor(NamedTuple):
@@ -79,7 +82,7 @@ class Plan:
             first = leaf.tensors[0]
             name = first.path if first.slot == WEIGHTS else f"{first.slot} of {first.path}"
             layers = [t.layer for t in leaf.tensors if t.layer is not None]
-            where = "" if not layers else f" [layer {_ranges(layers)}]"
+            where = "" if not layers else f" [layer {mismatch.ranges(layers)}]"
             yield f"{name}{where} -> {leaf.target} {leaf.dtype}{list(leaf.shape)}: {leaf.transform}"
 
     def summary(self) -> str:
@@ -112,6 +115,8 @@ def make_plan(
     notes = _check_source(contents, where, unexpected)
     if to == "hf":
         return _plan_hf(contents, where, scan_layers, origin, dtype, notes)
+    if to == "peft":
+        return _plan_peft(contents, where, scan_layers, origin, dtype, notes)
     layout = scan_layers
     if layout is None:
         layout = True if contents.scan_layers is None else contents.scan_layers
@@ -129,16 +134,19 @@ def make_plan(
 
 def _check_source(contents: Contents, where: object, unexpected: str) -> list[str]:
     missing, unused = contents.missing_keys(), contents.unused_keys()
+    problems = []
     if missing:
-        raise UserError(
-            f"{where}: {len(missing)} tensors that the model needs are not there: {', '.join(missing[:20])}"
-            f"{', ...' if missing[20:] else ''}; load it with missing='warn' or 'init' and save the result"
+        problems.append(
+            f"{len(missing)} of the model's tensors not there: {', '.join(mismatch.collapsed(missing))}; "
+            "load it with missing='warn' or 'init' and save the result"
         )
     if unused and unexpected == "error":
-        raise UserError(
-            f"{where}: {len(unused)} tensors are not part of the model: {', '.join(unused[:20])}"
-            f"{', ...' if unused[20:] else ''}; --unexpected warn leaves them out"
+        problems.append(
+            f"{len(unused)} of its tensors not part of the model: {', '.join(mismatch.collapsed(unused))}; "
+            "--unexpected warn leaves them out"
         )
+    if problems:
+        raise UserError(f"{where}: {'. '.join(problems)}")
     notes = [f"left out, not part of the model: {key}" for key in unused]
     reasons: dict[str, list[str]] = {}
     if not isinstance(contents, StoreContents):
@@ -168,7 +176,7 @@ def _plan_store(
         count = _rows_of(layout, target)
         if count is not None and len(tensors) != count:
             missing = sorted(set(range(count)) - {row for row in rows if row is not None})
-            problems.append(f"{target} lacks rows {_ranges(missing)} of {count}")
+            problems.append(f"{target} lacks rows {mismatch.ranges(missing)} of {count}")
         elif len(forms) > 1:
             shown = ", ".join(sorted(f"{d.name}{list(s)}" for s, d in forms))
             problems.append(f"{target} would stack different tensors: {shown}")
@@ -193,7 +201,7 @@ def _prefix(contents: Contents, slot: str, path: str, layer: int | None) -> str:
         below, _ = contents.layout.place(path, layer)
         return leaf.removesuffix(f"/{below}")
     if slot == WEIGHTS:
-        frozen = getattr(contents, "lora", None) is not None and path.rpartition("/")[2] not in ADAPTERS
+        frozen = getattr(contents, "lora", None) is not None and not is_adapter(path)
         return "base" if frozen else "params"
     # A kind that maxkit has no optimizer for is kept under its own names, so that it can be converted back.
     places = OPTIMIZER_PLACES.get(contents.optimizer or "")
@@ -240,12 +248,7 @@ def _left_out(contents: Contents, params_only: bool) -> list[str]:
 def _plan_hf(
     contents: Contents, where: object, scan_layers: bool | None, origin: str, dtype: str | None, notes: list[str]
 ) -> Plan:
-    if scan_layers is not None and scan_layers != contents.scan_layers:
-        has = "has no layout either" if contents.scan_layers is None else f"stores scan_layers={contents.scan_layers}"
-        raise UserError(
-            f"scan_layers={scan_layers} was given ({origin}) but a Hugging Face folder has no layout of its layers, "
-            f"and {where} {has}: leave scan_layers out"
-        )
+    _refuse_layout(contents, where, scan_layers, origin)
     merged = stated_for_hf(contents)
     table = find_table(merged.config, "hf")
     kinds = {cast_to(merged.dtype(path, layer), dtype) for path, layer in merged.addresses()}
@@ -269,6 +272,49 @@ def _plan_hf(
     return Plan(str(where), "hf", None, 0, dtype, True, tuple(leaves), tuple(notes))
 
 
+def _refuse_layout(contents: Contents, where: object, scan_layers: bool | None, origin: str) -> None:
+    """Refuse a layout for a format that has none, unless it is the source's."""
+    if scan_layers is not None and scan_layers != contents.scan_layers:
+        has = "has no layout either" if contents.scan_layers is None else f"stores scan_layers={contents.scan_layers}"
+        raise UserError(
+            f"scan_layers={scan_layers} was given ({origin}) but a Hugging Face folder has no layout of its layers, "
+            f"and {where} {has}: leave scan_layers out"
+        )
+
+
+def _plan_peft(
+    contents: Any, where: object, scan_layers: bool | None, origin: str, dtype: str | None, notes: list[str]
+) -> Plan:
+    """The adapters alone, in one file."""
+    _refuse_layout(contents, where, scan_layers, origin)
+    lora = getattr(contents, "lora", None)
+    if lora is None:
+        raise UserError(f"{where} has no adapters to write: to=peft is for models trained with lora_rank")
+    stated = for_huggingface(contents)
+    touched = {path.rpartition("/")[0] for path in getattr(stated, "rewritten", {})}
+    adapters = [(path, layer) for path, layer in contents.addresses() if is_adapter(path)]
+    changed = sorted(touched & {path.rpartition("/")[0] for path, _ in adapters})
+    if changed:
+        raise UserError(
+            f"{where}: {changed[0]} is stored in a form that a Hugging Face model keeps otherwise "
+            f"({', '.join(stated.rewritten[changed[0] + '/kernel'])}), and so its adapters would not fit that model: "
+            "merge them (to=hf)"
+        )
+    known = {part.path for module in modules_of(contents.config) for part in module.parts}
+    unknown = sorted({path.rpartition("/")[0] for path, _ in adapters} - known)
+    if unknown:
+        raise UserError(f"{where}: peft has no module for the adapters of {', '.join(unknown)}: merge them (to=hf)")
+    kinds = {cast_to(contents.dtype(path, layer), dtype) for path, layer in adapters}
+    if len(kinds) > 1:
+        raise UserError(f"{where} holds adapters of types {', '.join(sorted(kinds))}: give --dtype, one for all")
+    leaves = tuple(
+        Planned(peft.TENSORS, contents.shape(p, i), next(iter(kinds)), (Tensor(WEIGHTS, p, i),), False, "rearrange")
+        for p, i in adapters
+    )
+    notes = notes + _left_out(contents, True) + [f"base model: {base_name(contents, where)}"]
+    return Plan(str(where), "peft", None, 0, dtype, True, leaves, tuple(notes))
+
+
 def _plan_maxtext(
     contents: Contents,
     to: str,
@@ -286,7 +332,8 @@ def _plan_maxtext(
     config, settings = maxtext_form(merged.config)
     stated = Restated(merged, config)
     block = maxtext_facts.decoder_block(settings)
-    scheme = containers.schemes(block, config)["scanned" if scan_layers else "unrolled"]
+    schemes = containers.schemes(block, config, containers.cycle_of(block, settings))
+    scheme = schemes["scanned" if scan_layers else "unrolled"]
     found: dict[tuple[str, str], list[tuple[Tensor, Any]]] = {}
     for (path, layer), place in make_places(block, config, scheme).items():
         for slot in slots:
@@ -297,7 +344,7 @@ def _plan_maxtext(
         first, place = members[0]
         stored = merged.dtype(first.path, first.layer, slot)
         wanted = cast_to(stored, dtype if slot == WEIGHTS else None)
-        steps = [f"stack {place.repeats} layers"] if place.row is not None else []
+        steps = [f"stack {math.prod(place.lengths)} layers"] if place.rows else []
         steps += [*stated.rewritten.get(first.path, ()), *([f"cast {stored} to {wanted}"] if stored != wanted else [])]
         name = f"params/params/{tree}" if slot == WEIGHTS else f"{slot}/{tree}"
         tensors = tuple(tensor for tensor, _ in members)
@@ -325,13 +372,3 @@ def _rewritten(contents: Any) -> dict[str, str]:
     """{path: what is done} of tensors whose values change by more than a cast."""
     return {path: ", ".join(names) for path, names in getattr(contents, "rewritten", {}).items()}
 
-
-def _ranges(numbers: list[int]) -> str:
-    """1, 2, 3, 7 as "1-3, 7"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 Shapes = Mapping[str, tuple[int, ...]]  # "params/params/decoder/.../kernel" -> shape
 
-_NUMBERED = re.compile(r"^(.*layers)_(\d+)$")
+_NUMBERED = re.compile(r"^(.*layers?)_(\d+)$")
 # (part of a path, family): the first that occurs decides
 _FAMILY_MARKS = (
     ("wkv_a", "deepseek"),
     ("GptOssMlp", "gpt-oss"),
     ("moe_block", "qwen3-moe"),
+    ("Llama4MoEBlock_0", "llama4"),
+    ("in_proj_qkvz", "qwen3-next"),
     ("MoeBlock_0", "mixtral"),
     ("position_embedder", "gpt3"),
 )
@@ -134,7 +136,12 @@ def _stacked_group(name: str, paths: list[str], shapes: Shapes) -> dict[str, Any
     """
     pattern = {part for path in paths for part in _below_decoder(path)[1:2] if _NUMBERED.match(part)}
     final = next((s for p, s in shapes.items() if "decoder_norm/scale" in p and len(s) == 1), None)
-    scale = next((shapes[p] for p in sorted(paths) if "norm/scale" in p), None)
+    scales = {p: shapes[p] for p in sorted(paths) if "norm/scale" in p}
+    scale = next((s for s in scales.values() if final and final[0] in s), None)
+    local = next((s for p, s in scales.items() if "/local_layers/" in p and len(s) == 3), None)
+    if scale and local:  # a cycle's last layer alone, the others on a second layer axis
+        axis = 1 - scale.index(final[0])
+        return _group(name, 1 + local[axis + 1], scale[axis], axis)
     if final is None or scale is None or scale == (final[0], final[0]) or final[0] not in scale:
         return _group(name, max(1, len(pattern)), None, None)
     if len(scale) == 1:

@@ -134,16 +134,20 @@ def differences(one: ModelConfig, other: ModelConfig, apart_from: tuple[str, ...
         for name in names
         if not same_meaning(one, other, name)
     ]
-    if _effective_blocks(one) != _effective_blocks(other):
+    if effective_blocks(one) != effective_blocks(other):
         found.append("the kinds of their layers")
     return found
 
 
-def _effective_blocks(config: ModelConfig) -> list[BlockSpec]:
-    """The blocks, without what has no effect in them."""
-    if config.rope_scaling is not None:
-        return list(config.blocks)
-    return [block.model_copy(update={"rope_scaled": True}) for block in config.blocks]
+def effective_blocks(config: ModelConfig) -> list[BlockSpec]:
+    """The blocks, without what has no effect in them: a window as wide as the longest sequence, an unused scaling."""
+    found = []
+    for block in config.blocks:
+        changes: dict[str, Any] = {} if config.rope_scaling else {"rope_scaled": True}
+        if block.sliding_window and block.sliding_window >= config.max_seq_len:
+            changes["sliding_window"] = None
+        found.append(block.model_copy(update=changes))
+    return found
 
 
 def same_meaning(one: ModelConfig, other: ModelConfig, name: str) -> bool:

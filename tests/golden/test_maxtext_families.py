@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from golden import families
+from tiny_families import FAMILIES
 from tiny_models import tiny
 
 from maxkit.checkpoint import load
@@ -18,8 +19,8 @@ from maxkit.checkpoint.contents import Plain, TreeContents
 from maxkit.errors import UserError
 from maxkit.formats import maxtext
 from maxkit.formats.huggingface import HuggingFaceReader
-from maxkit.formats.restated import Restated
-from maxkit.models.config import BlockSpec, Execution, RopeScaling
+from maxkit.formats.restated import Restated, differences
+from maxkit.models.config import AttentionTemperature, BlockSpec, Execution, RopeScaling
 from maxkit.models.definition import ModelDefinition
 
 # What is rewritten in the weights for MaxText, by case.
@@ -40,6 +41,9 @@ REWRITTEN = {
     "deepseek_v3-kimi": set(),
     "gpt_oss-yarn": set(),
     "olmo3-remainder": set(),
+    "olmo2-gqa": set(),
+    "gpt2-tied": {"norm offset"},
+    "gpt2-untied": {"norm offset"},
 }
 REFUSED = {
     "llama-dynamic": "rope_type='dynamic'",
@@ -47,7 +51,10 @@ REFUSED = {
     "gemma2-caps": "in pairs",
     "deepseek_v3-plain": "moe=",
     "olmo3-yarn": "rope_scaled=False",
-    "qwen3_next-dense": "has no MaxText form",
+    "qwen3_next-dense": "mlp='dense' in layer 0",
+    "qwen2_moe-all": "has no MaxText form",
+    "llama4-chunks": "attention_temperature=(floor_scale=4.0, coefficient=0.3)",
+    "llama4-all": "num_experts_per_tok=2",
     "phi3-longrope": "rope_type='longrope'",
     "starcoder2-plain": "norm='layer'",
 }
@@ -71,10 +78,11 @@ def check(source, folder, scan_layers, scan_axis, names) -> None:
     """Write, open, compute, and bring the weights back."""
     written = maxtext.write(folder / "out", source, scan_layers=scan_layers, scan_axis=scan_axis)
     assert {name for given in written.rewritten.values() for name in given} == names
-    for config in (None, folder / "out" / "maxtext.yml"):  # what we record, and what MaxText is told, say the same
-        contents = maxtext.open(folder / "out", config)
-        assert (contents.scan_layers, contents.scan_axis) == (scan_layers, scan_axis)
-        assert contents.missing_keys() == contents.unused_keys() == []
+    contents, told = (maxtext.open(folder / "out", config) for config in (None, folder / "out" / "maxtext.yml"))
+    assert differences(contents.config, told.config) == []  # what we record, and what MaxText is told
+    assert contents.addresses() == told.addresses()
+    assert (contents.scan_layers, contents.scan_axis) == (scan_layers, scan_axis)
+    assert contents.missing_keys() == contents.unused_keys() == []
     wanted, dtype = logits(source), source.dtype("embed/table").name
     assert np.abs(logits(contents) - wanted).max() < LOGITS[dtype] * np.ptp(wanted)
     back = Restated(contents, source.config)
@@ -91,8 +99,8 @@ def check(source, folder, scan_layers, scan_axis, names) -> None:
 def test_hugging_face_to_maxtext(name, tmp_path):
     families.write_folder(tmp_path / "hf", name)
     source = Plain(HuggingFaceReader(tmp_path / "hf"))
-    # Half of the cases scanned on axis 1, the others unrolled, as olmo3 must be whose layers are no whole cycles.
-    scan_layers = bool(len(name) % 2) and not name.startswith("olmo3")
+    # Half of the cases scanned on axis 1, the others unrolled, as OLMo's must be: these are no whole cycles of layers.
+    scan_layers = bool(len(name) % 2) and not name.startswith("olmo")
     check(source, tmp_path, scan_layers=scan_layers, scan_axis=1, names=REWRITTEN[name])
 
 
@@ -111,7 +119,33 @@ def test_what_maxtext_does_not_compute_is_refused_by_name(name, tmp_path):
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
+MOE, DELTA = BlockSpec(mlp="moe"), BlockSpec(mixer="gated_delta", mlp="moe")
 OTHERS = {
+    # Two cycles of four and two layers more, which are scanned in the three ways in which MaxText scans them.
+    "qwen3_next": FAMILIES["qwen3_next"].model_copy(
+        update={
+            "family": "qwen3_next",
+            "num_layers": 10,
+            "pattern": (DELTA, DELTA, DELTA, MOE),
+            "moe": FAMILIES["qwen3_next"].moe.model_copy(update={"normalize_weights": True}),
+        }
+    ),
+    # Every second layer is a mixture, every fourth does not turn.
+    "llama4": FAMILIES["llama4"].model_copy(
+        update={
+            "family": "llama4",
+            "num_layers": 8,
+            "attention_temperature": AttentionTemperature(floor_scale=8192.0, coefficient=0.1),
+            "pattern": (
+                BlockSpec(chunk_size=4),
+                BlockSpec(chunk_size=4, mlp="moe"),
+                BlockSpec(chunk_size=4),
+                BlockSpec(rope=False, mlp="moe"),
+            ),
+        }
+    ),
+    "gpt3": FAMILIES["gpt2"].model_copy(update={"family": "gpt2", "num_kv_heads": 4}),
+    "olmo2": FAMILIES["olmo2"].model_copy(update={"family": "olmo2", "num_layers": 8}),
     "gemma2": tiny(
         family="gemma2",
         num_layers=4,
@@ -134,6 +168,15 @@ OTHERS = {
 }
 
 
+def test_llama3_scaling_is_written_in_the_code_of_maxtext():
+    """Its four numbers are constants there, so that any others are refused."""
+    scaling = OTHERS["llama3.1"].rope_scaling
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"):
+        other = scaling.model_copy(update={name: 2 * getattr(scaling, name)})
+        with pytest.raises(UserError, match=r"cannot compute a llama model with rope_scaling=\(kind='llama3', factor="):
+            maxtext.maxtext_form(tiny(num_layers=2, rope_scaling=other))
+
+
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("name", OTHERS)
 def test_weights_in_memory_to_maxtext(name, scan_layers, tmp_path):
@@ -146,7 +189,8 @@ def test_weights_in_memory_to_maxtext(name, scan_layers, tmp_path):
         "gemma2": {"query scale", "norm offset", "embedding scale"},
         "llama3.1": {"query scale", "rope order"},
         "llama3.1 as MaxText has it": set(),
-    }[name]
+        "gpt3": {"norm offset"},
+    }.get(name, set())
     check(source, tmp_path, scan_layers=scan_layers, scan_axis=0 if scan_layers else 1, names=names)
     if name == "gemma2":
         tree = maxtext.open(tmp_path / "out")._sorted.trees["params"]

@@ -8,49 +8,66 @@ A `Run` is a number of consecutive layers that lie in containers of one pattern.
     {b}  the number of that cycle, n // cycle
 
 and a scanned run stacks its cycles on one more axis of every array (`param_scan_axis`, 1 by default; on axis 0 of what
-is no parameter). Leaf names below a container: `rows.py`.
+is no parameter). A nested run has all layers of a cycle but the last in one container, on a second axis behind the
+first. Leaf names below a container: `rows.py`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from maxkit.models.config import ModelConfig
 
 
 class Run(NamedTuple):
-    """`num_layers` layers in containers named by `pattern`. suffixes: of the layers that one container merges."""
+    """`num_layers` layers in containers named by `pattern`. suffixes: of the layers that one container merges.
+
+    last: of a nested run, the container of the last layer of every cycle.
+    """
 
     pattern: str
     num_layers: int
     stacked: bool
     cycle: int = 1
     suffixes: tuple[str, ...] = ("",)
+    last: str | None = None
 
-    @property
-    def repeats(self) -> int:
-        """The length of the layer axis, of a stacked run."""
-        return self.num_layers // self.cycle
+    def slot(self, n: int) -> "Slot":
+        """Where layer number `n` of the run is."""
+        b, c = divmod(n, self.cycle)
+        is_last = self.last is not None and c == self.cycle - 1
+        name = self.last if self.last is not None and is_last else self.pattern.format(n=n, c=c, b=b)
+        rows, lengths = ((b,), (self.num_layers // self.cycle,)) if self.stacked else ((), ())
+        if self.last is not None and not is_last:
+            rows, lengths = (*rows, c), (*lengths, self.cycle - 1)
+        return Slot(f"decoder/{name}", self.suffixes[n % len(self.suffixes)], rows, lengths)
 
 
 class Slot(NamedTuple):
-    """Where a layer is: container, suffix of its leaves, row on the layer axis of `repeats` (None: no axis)."""
+    """Where a layer is: container, suffix of its leaves, row on each layer axis, and these axes' lengths."""
 
     container: str
     suffix: str
-    row: int | None
-    repeats: int
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
 
 
 Scheme = tuple[Run, ...]
 
 _PAIR = ("_local", "_global")  # of Gemma 2's two layers in one container
 # Decoder blocks whose scanned layers are cycles of the named ones.
-CYCLES = {"gemma3": 6, "gpt_oss": 2, "olmo3": 4}
+CYCLES = {"gemma3": 6, "gpt_oss": 2, "olmo3": 4, "llama4": 1, "qwen3_next": 4}
 
 
-def schemes(block: str, config: ModelConfig, cycle: int | None = None) -> dict[str, Scheme]:
-    """{"scanned" | "unrolled" | "numbered": runs} of a model. cycle: `inhomogeneous_layer_cycle_interval`, if known.
+def cycle_of(block: str, settings: dict[str, Any]) -> int:
+    """How many layers are scanned together: `inhomogeneous_layer_cycle_interval`, or what the block does without it."""
+    interval = int(settings.get("inhomogeneous_layer_cycle_interval", 1))
+    return interval if interval > 1 else CYCLES.get(block, 1)
+
+
+def schemes(block: str, config: ModelConfig, cycle: int) -> dict[str, Scheme]:
+    """{"scanned" | "unrolled" | "numbered": runs} of a model; the first is what is written. cycle: `cycle_of`.
 
     "numbered" is the form of plain NNX state: a mapping from the layer's number, which Orbax gives back as text.
+    "scanned flat" is how releases up to 0.2.4 scanned Qwen3-Next.
     """
     count = config.num_layers
     if block == "deepseek":
@@ -72,18 +89,15 @@ def schemes(block: str, config: ModelConfig, cycle: int | None = None) -> dict[s
     }
     if block not in CYCLES:
         return {"scanned": (Run("layers", count, True),), **unrolled}
-    cycle = cycle or CYCLES[block]
     whole = count // cycle * cycle
+    if block == "qwen3_next":
+        nested = Run("layers/local_layers", whole, True, cycle, last="layers/global_layer")
+        rest = Run("layers_remainder/local_layers", count - whole, True)
+        return {"scanned": (nested, rest), "scanned flat": (Run("layers/layer_{c}", whole, True, cycle),), **unrolled}
     rest = Run("layers_remainder/layers_{n}", count - whole, False)
     return {"scanned": (Run("layers/layers_{c}", whole, True, cycle), rest), **unrolled}
 
 
 def slots(scheme: Scheme) -> list[Slot]:
     """One for each layer of the model, in order."""
-    found = []
-    for run in scheme:
-        for n in range(run.num_layers):
-            name = run.pattern.format(n=n, c=n % run.cycle, b=n // run.cycle)
-            suffix = run.suffixes[n % len(run.suffixes)]
-            found.append(Slot(f"decoder/{name}", suffix, n // run.cycle if run.stacked else None, run.repeats))
-    return found
+    return [run.slot(n) for run in scheme for n in range(run.num_layers)]

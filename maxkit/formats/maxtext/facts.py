@@ -7,9 +7,11 @@ What MaxText keeps in the weights is said as a fact of the config, so that readi
   `attention_scale=1`. The other blocks multiply queries at run time.
 - Gemma: norms hold 1 + the published scale (`norm_scale_offset=0`), the embedding table its factor sqrt(embed_dim)
   (`embedding_scale=None`), and tied logits are divided by it (`logit_scale`, of any model with
-  `normalize_embedding_logits`).
+  `normalize_embedding_logits`). gpt3 and qwen3_next hold the scale less one and add it (`norm_scale_offset=1`).
 - RoPE pairs dimension i with i + half, but neighbours in the classes for Llama 3.1 and for YaRN with
   `rope_interleave` (`rope_interleaved`).
+- Every sliding window of olmo3 (local, local, local, global) is of one width, so a model without windows (OLMo 2) has
+  one that is as wide as the longest sequence.
 
 One thing is no fact of the config: a tied table is rounded to bfloat16 before the head's product, whatever the settings
 say. Logits of tied models therefore agree to 2e-2 of their spread only (5e-4 with the same rounding).
@@ -21,10 +23,10 @@ import math
 from typing import Any
 
 from maxkit.errors import UserError, nearest
-from maxkit.formats.maxtext.containers import CYCLES
+from maxkit.formats.maxtext.containers import CYCLES, cycle_of
 from maxkit.formats.maxtext.rows import ROWS
-from maxkit.formats.maxtext.settings import DEFAULTS, ONLY
-from maxkit.models.config import BlockSpec, ModelConfig, RopeScaling
+from maxkit.formats.maxtext.settings import DEFAULTS, EXCEPT, ONLY
+from maxkit.models.config import BlockSpec, ModelConfig, RopeScaling, compress
 
 Settings = dict[str, Any]
 
@@ -43,10 +45,21 @@ BLOCKS = {
     "gemma3": "gemma3",
     "gpt_oss": "gpt_oss",
     "olmo3": "olmo3",
+    "olmo2": "olmo3",
+    "llama4": "llama4",
+    "qwen3_next": "qwen3_next",
+    "gpt2": "gpt3",
     "deepseek_v2": "deepseek",
     "deepseek_v3": "deepseek",
 }
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
+# Blocks with sliding windows; blocks of mixtures of experts; blocks with biases where `attention_bias` says so.
+_WINDOWED = ("gemma2", "gemma3", "gpt_oss", "olmo3")
+_SPARSE = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek", "llama4", "qwen3_next")
+_BIASED = ("qwen2", "qwen3", "qwen3_moe", "gpt_oss", "olmo3")
+# Names of models whose experts lie in groups and whose bias counts for the choice only.
+_GROUPED = ("deepseek3", "kimi-k2")
+_TEMPERATURE = {"floor_scale": 8192.0, "coefficient": 0.1}  # of llama4's `temperature_tuning`
 _GEMMA3_BY_HEAD = ("gemma3-270m", "gemma3-1b", "gemma3-4b", "gemma3-12b")
 _LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
 
@@ -69,7 +82,7 @@ def model_config(settings: Settings) -> ModelConfig:
     block = decoder_block(settings)
     _refuse(settings, block)
     fields = _common(settings, block) | _attention(settings, block) | _rope(settings) | _blocks(settings, block)
-    if block in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek"):
+    if block in _SPARSE:
         fields["moe"] = _moe(settings, block)
     try:
         return ModelConfig.model_validate(fields)
@@ -83,21 +96,27 @@ def _refuse(settings: Settings, block: str) -> None:
     problems = [
         f"{name}={settings[name]!r} ({why}; supported: {', '.join(map(repr, allowed))})"
         for name, (allowed, why) in ONLY.items()
-        if name in settings and settings[name] not in allowed
+        if name in settings and settings[name] not in allowed and name not in EXCEPT.get(block, ())
     ]
     has_four = bool(settings["use_post_attn_norm"]) and bool(settings["use_post_ffw_norm"])
     has_any = bool(settings["use_post_attn_norm"]) or bool(settings["use_post_ffw_norm"])
     of_block = {
-        "use_qk_norm": not settings["use_qk_norm"] or block in ("qwen2", "qwen3", "qwen3_moe", "olmo3", "gemma3"),
+        "use_qk_norm": not settings["use_qk_norm"]
+        or block in ("qwen2", "qwen3", "qwen3_moe", "olmo3", "gemma3", "llama4"),
         "use_post_attn_norm, use_post_ffw_norm": has_four if block == "gemma3" else not has_any or block == "gemma2",
         "attn_logits_soft_cap": not settings["attn_logits_soft_cap"] or block in ("gemma2", "gemma3"),
         "attention_type": settings["attention_type"] == ("mla" if block == "deepseek" else "global"),
-        "sliding_window_size": bool(settings["sliding_window_size"]) or block not in (*CYCLES, "gemma2"),
-        "attention_bias": not settings["attention_bias"]
-        or block in ("qwen2", "qwen3", "qwen3_moe", "gpt_oss", "olmo3"),
+        "sliding_window_size": bool(settings["sliding_window_size"]) or block not in _WINDOWED,
+        "attention_bias": not settings["attention_bias"] or block in _BIASED,
         "attention_sink": bool(settings["attention_sink"]) == (block == "gpt_oss"),
         "mlp_activations_limit": settings["mlp_activations_limit"] <= 0 or block == "gpt_oss",
-        "num_experts": settings["num_experts"] > 1 or block not in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek"),
+        "num_experts": settings["num_experts"] > 1 or block not in _SPARSE,
+        "num_experts_per_tok": settings["num_experts_per_tok"] == 1 or block != "llama4",
+        "chunk_attn_window_size": settings["chunk_attn_window_size"] > 0 or block != "llama4",
+        "inhomogeneous_layer_cycle_interval, nope_layer_interval, interleave_moe_layer_step": block != "llama4"
+        or not settings["scan_layers"]
+        or _whole_cycles(settings),
+        "trainable_position_size": settings["trainable_position_size"] > 0 or block != "gpt3",
     }
     for names, fits in of_block.items():
         if not fits:
@@ -112,6 +131,12 @@ def _refuse(settings: Settings, block: str) -> None:
         problems.append(f"routed_score_func={settings['routed_score_func']!r} (supported: 'sigmoid', 'softmax')")
     if problems:
         raise UserError(f"MaxText settings that are not supported: {'; '.join(problems)}")
+
+
+def _whole_cycles(settings: Settings) -> bool:
+    """Whether llama4's scanned layers repeat as its two intervals want it; MaxText counts within a cycle."""
+    intervals = (settings["nope_layer_interval"] or 1, settings["interleave_moe_layer_step"] or 1)
+    return all(settings["inhomogeneous_layer_cycle_interval"] % max(interval, 1) == 0 for interval in intervals)
 
 
 def _size(settings: Settings, name: str) -> int:
@@ -132,19 +157,24 @@ def _common(settings: Settings, block: str) -> dict[str, Any]:
     deepseek = "deepseek_v3" if settings["routed_score_func"] == "sigmoid" else "deepseek_v2"
     family = deepseek if block == "deepseek" else next(ours for ours, theirs in BLOCKS.items() if theirs == block)
     yarn = str(settings["rope_type"]).startswith("yarn")
-    return {
+    longest = "max_position_embeddings" if yarn else "max_target_length"
+    fields: dict[str, Any] = {"mlp_gated": len(acts) > 1}
+    if block == "gpt3":
+        longest = "trainable_position_size"
+        fields |= {"norm": "layer", "norm_bias": True, "position": "learned", "mlp_bias": True}
+    return fields | {
         "family": family,
         "vocab_size": int(settings["vocab_size"]),
         "num_layers": _size(settings, "num_decoder_layers") * (2 if block == "gemma2" else 1),
         "embed_dim": dim,
         "mlp_dim": _size(settings, "mlp_dim"),
-        "max_seq_len": int(settings["max_position_embeddings" if yarn else "max_target_length"]),
+        "max_seq_len": int(settings[longest]),
+        "norm_scale_offset": 1.0 if block in ("gpt3", "qwen3_next") else 0.0,
         "norm_eps": float(settings["normalization_layer_epsilon"]),
         "norm_placement": {"gemma2": "both", "gemma3": "both", "olmo3": "post"}.get(block, "pre"),
         "tie_embeddings": tied,
         "logit_scale": dim**-0.5 if tied and settings["normalize_embedding_logits"] else 1.0,
         "final_soft_cap": settings["final_logits_soft_cap"] or None,
-        "mlp_gated": len(acts) > 1,
         "activation": "clamped_swiglu" if block == "gpt_oss" else _ACTIVATIONS[acts[0]],
         "activation_limit": float(settings["mlp_activations_limit"]) if block == "gpt_oss" else None,
     }
@@ -159,18 +189,27 @@ def _attention(settings: Settings, block: str) -> dict[str, Any]:
         scale = (int(settings.get("base_emb_dim", settings.get("emb_dim"))) // heads) ** -0.5
     else:
         scale = 1.0 if block in UNSCALED else None
-    normed = settings["use_qk_norm"] or block == "gemma3"
-    return {
+    normed = settings["use_qk_norm"] or block in ("gemma3", "qwen3_next")
+    # Over all heads together only in models of that name, whatever the block.
+    kind = "projection" if str(settings["model_name"]).startswith("olmo3") else "head"
+    fields: dict[str, Any] = {}
+    if block == "llama4" and settings["temperature_tuning"]:
+        fields["attention_temperature"] = _TEMPERATURE
+    if block == "qwen3_next":
+        names = {"num_key_heads": "num_key_heads", "num_value_heads": "num_value_heads"}
+        names |= {"key_head_dim": "key_head_dim", "value_head_dim": "value_head_dim", "conv_width": "conv_kernel_dim"}
+        fields["gated_delta"] = {ours: int(settings[f"gdn_{theirs}"]) for ours, theirs in names.items()}
+    return fields | {
         "num_heads": heads,
         "num_kv_heads": _size(settings, "num_kv_heads"),
         "head_dim": head_dim,
         "attention_scale": scale,
         "attention_soft_cap": settings["attn_logits_soft_cap"] or None,
-        "attention_bias": bool(settings["attention_bias"]),
-        "attention_out_bias": bool(settings["attention_bias"]) and block != "qwen2",
+        "attention_bias": bool(settings["attention_bias"]) or block == "gpt3",
+        "attention_out_bias": (bool(settings["attention_bias"]) and block != "qwen2") or block == "gpt3",
         "attention_sinks": block == "gpt_oss",
-        # Over all heads together only in models of that name, whatever the block.
-        "qk_norm": ("projection" if str(settings["model_name"]).startswith("olmo3") else "head") if normed else "none",
+        "attention_gate": block == "qwen3_next",
+        "qk_norm": ("unit" if block == "llama4" else kind) if normed else "none",
     }
 
 
@@ -197,6 +236,8 @@ def _latent(settings: Settings) -> dict[str, Any]:
 def _rope(settings: Settings) -> dict[str, Any]:
     kind, theta = str(settings["rope_type"]).lower(), float(settings["rope_max_timescale"])
     fields: dict[str, Any] = {"rope_theta": theta}
+    if settings["partial_rotary_factor"] != 1:  # of qwen3_next, or refused
+        fields["rope_dim"] = int(settings["head_dim"] * settings["partial_rotary_factor"])
     if kind.startswith("llama3.1") or str(settings["model_name"]).startswith("llama3.1"):
         scaling = RopeScaling(kind="llama3", **_LLAMA31) if settings["rope_use_scale"] else None
         return fields | {"rope_interleaved": True, "rope_scaling": scaling}
@@ -226,6 +267,22 @@ def _blocks(settings: Settings, block: str) -> dict[str, Any]:
         }
     if block in ("mixtral", "qwen3_moe"):
         return {"pattern": (BlockSpec(mlp="moe"),)}
+    if block == "qwen3_next":
+        linear = BlockSpec(mixer="gated_delta", mlp="moe")
+        return {"pattern": (linear,) * (cycle_of(block, settings) - 1) + (BlockSpec(mlp="moe"),)}
+    if block == "llama4":
+        every, step = settings["nope_layer_interval"] or -1, settings["interleave_moe_layer_step"] or -1
+        chunk = int(settings["chunk_attn_window_size"])
+        kinds = (
+            (every < 1 or (layer + 1) % every > 0, step > 0 and (layer + 1) % step == 0)
+            for layer in range(_size(settings, "num_decoder_layers"))
+        )
+        return compress(
+            tuple(
+                BlockSpec(chunk_size=chunk if turned else None, rope=turned, mlp="moe" if sparse else "dense")
+                for turned, sparse in kinds
+            )
+        )
     mlp = "moe" if block == "gpt_oss" else "dense"
     local_theta = float(settings["local_rope_max_timescale"])
     local = BlockSpec(
@@ -236,7 +293,7 @@ def _blocks(settings: Settings, block: str) -> dict[str, Any]:
     )
     if block == "gemma2":
         return {"pattern": (local, BlockSpec())}
-    if block in CYCLES:
+    if block in _WINDOWED:
         return {"pattern": (local,) * (CYCLES[block] - 1) + (BlockSpec(mlp=mlp),)}
     return {}
 
@@ -251,6 +308,11 @@ def _moe(settings: Settings, block: str) -> dict[str, Any]:
     if block == "gpt_oss":
         biases = {"router_bias": bool(settings["routed_bias"]), "expert_bias": bool(settings.get("mlp_bias", True))}
         return fields | {"scoring": "topk_softmax"} | biases
+    if block == "llama4":
+        shared = int(settings["shared_experts"]) * fields["mlp_dim"]
+        return fields | {"scoring": "topk_sigmoid", "scale_inputs": True, "shared_mlp_dim": shared}
+    if block == "qwen3_next" and settings["shared_experts"] > 0:  # one, however many
+        fields |= {"shared_mlp_dim": fields["mlp_dim"], "shared_gate": True}
     if block != "deepseek":
         return fields | {"scoring": "softmax", "normalize_weights": True}  # = the softmax of the chosen
     fields |= {
@@ -260,7 +322,7 @@ def _moe(settings: Settings, block: str) -> dict[str, Any]:
         "shared_mlp_dim": int(settings["shared_experts"]) * fields["mlp_dim"],
         "correction_bias": bool(settings["routed_bias"]),
     }
-    if not str(settings["model_name"]).startswith("deepseek3"):
+    if not str(settings["model_name"]).startswith(_GROUPED):
         # Groups are of the models with that name only, and without it the bias counts in the weights as well.
         return fields | {"correction_in_weights": bool(settings["routed_bias"])}
     if settings["n_routing_groups"] != -1:
@@ -301,6 +363,8 @@ def settings_of(config: ModelConfig) -> Settings:
     }
     activation = next((name for name, ours in _ACTIVATIONS.items() if ours == config.activation), config.activation)
     window = next((spec.sliding_window for spec in config.blocks if spec.sliding_window), None)
+    if block == "olmo3":
+        window = window or config.max_seq_len
     found: Settings = {
         "decoder_block": block,
         **{f"base_{name}": size for name, size in sizes.items()},
@@ -313,17 +377,19 @@ def settings_of(config: ModelConfig) -> Settings:
         "normalize_embedding_logits": not math.isclose(config.logit_scale, 1.0),
         "final_logits_soft_cap": config.final_soft_cap,
         "attn_logits_soft_cap": config.attention_soft_cap,
-        "attention_bias": config.attention_bias,
-        "use_qk_norm": config.qk_norm != "none",
+        "attention_bias": config.attention_bias and block != "gpt3",
+        "use_qk_norm": config.qk_norm != "none" and block != "qwen3_next",
         "use_post_attn_norm": config.norm_placement == "both",
         "use_post_ffw_norm": config.norm_placement == "both",
         "rope_max_timescale": _number(config.rope_theta),
     }
-    if block in (*CYCLES, "gemma2"):
+    if block in _WINDOWED:
         local = config.blocks[0].rope_theta
         found |= {"sliding_window_size": window or 0, "local_rope_max_timescale": _number(local) if local else -1}
-    if block in CYCLES:
-        found["inhomogeneous_layer_cycle_interval"] = CYCLES[block] if block != "gemma3" else 1
+    if block in ("gpt_oss", "olmo3"):
+        found["inhomogeneous_layer_cycle_interval"] = CYCLES[block]
+    if block == "gpt3":
+        found["trainable_position_size"] = config.max_seq_len
     if config.qk_norm == "projection":
         found |= {"model_name": "olmo3-7b", "override_model_config": True}
     if block == "gpt_oss":
@@ -331,11 +397,47 @@ def settings_of(config: ModelConfig) -> Settings:
     if block == "gemma3":
         by_head = config.attention_scale is None or math.isclose(config.attention_scale, config.head_dim**-0.5)
         found |= {"model_name": "gemma3-4b" if by_head else "gemma3-27b", "override_model_config": True}
-    return found | _settings_of_rope(config) | _settings_of_experts(config) | _settings_of_latent(config)
+    parts = (_settings_of_rope, _settings_of_experts, _settings_of_latent, _settings_of_chunks, _settings_of_delta)
+    for settings_of_part in parts:
+        found |= settings_of_part(config)
+    return found
 
 
 def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
+
+
+def _settings_of_chunks(config: ModelConfig) -> Settings:
+    """Llama 4's: which layers turn queries and keys, and see their own chunk only; which are mixtures."""
+    if block_of(config) != "llama4":
+        return {}
+    plain = [layer + 1 for layer, spec in enumerate(config.blocks) if not spec.rope]
+    sparse = [layer + 1 for layer, spec in enumerate(config.blocks) if spec.mlp == "moe"]
+    every, step = (plain or [-1])[0], (sparse or [-1])[0]
+    return {
+        "chunk_attn_window_size": next((spec.chunk_size for spec in config.blocks if spec.chunk_size), 0),
+        "nope_layer_interval": every,
+        "interleave_moe_layer_step": step,
+        "inhomogeneous_layer_cycle_interval": math.lcm(max(every, 1), max(step, 1)),
+        "temperature_tuning": config.attention_temperature is not None,
+    }
+
+
+def _settings_of_delta(config: ModelConfig) -> Settings:
+    """Qwen3-Next's: the linear attention, and how often softmax attention comes."""
+    delta = config.gated_delta
+    if delta is None:
+        return {}
+    full = [layer + 1 for layer, spec in enumerate(config.blocks) if spec.mixer == "attention"]
+    return {
+        "gdn_num_key_heads": delta.num_key_heads,
+        "gdn_num_value_heads": delta.num_value_heads,
+        "gdn_key_head_dim": delta.key_head_dim,
+        "gdn_value_head_dim": delta.value_head_dim,
+        "gdn_conv_kernel_dim": delta.conv_width,
+        "inhomogeneous_layer_cycle_interval": (full or [CYCLES["qwen3_next"]])[0],
+        "partial_rotary_factor": config.rotated_dim / config.head_dim,
+    }
 
 
 def _settings_of_rope(config: ModelConfig) -> Settings:
@@ -398,8 +500,10 @@ def _settings_of_experts(config: ModelConfig) -> Settings:
     block = block_of(config)
     if block in ("mixtral", "gpt_oss"):
         return found | {"base_mlp_dim": moe.mlp_dim}
+    if block == "llama4":
+        return found | {"shared_experts": moe.shared_mlp_dim // moe.mlp_dim}
     if block != "deepseek":
-        return found | {"norm_topk_prob": moe.normalize_weights}
+        return found | {"norm_topk_prob": moe.normalize_weights, "shared_experts": int(moe.shared_mlp_dim > 0)}
     grouped = moe.num_groups > 1
     named = grouped or (moe.correction_bias and not moe.correction_in_weights)
     return found | {

@@ -17,7 +17,7 @@ from maxkit.formats import presets
 from maxkit.formats.hf_config.reader import read_config
 from maxkit.formats.maxtext.facts import UNSCALED, Settings, block_of, decoder_block, model_config, settings_of
 from maxkit.formats.maxtext.settings import DEFAULTS, read_settings
-from maxkit.formats.restated import same_meaning
+from maxkit.formats.restated import effective_blocks, same_meaning
 from maxkit.models.config import ModelConfig
 
 _BY_BLOCK = ("family", "leading_blocks", "pattern", "max_seq_len")  # compared block by block, or not said by MaxText
@@ -91,7 +91,8 @@ def maxtext_form(config: ModelConfig) -> tuple[ModelConfig, Settings]:
     block = block_of(config)
     if block == "gemma2" and config.num_layers % 2:
         raise UserError(f"num_layers={config.num_layers}: MaxText's decoder_block=gemma2 has its layers in pairs")
-    changes: dict[str, Any] = {"norm_scale_offset": 0.0, "embedding_scale": None}
+    offset = 1.0 if block in ("gpt3", "qwen3_next") else 0.0
+    changes: dict[str, Any] = {"norm_scale_offset": offset, "embedding_scale": None}
     if block in UNSCALED:
         changes["attention_scale"] = 1.0
     elif block != "deepseek" and not _is_said(config, block):
@@ -134,9 +135,9 @@ def _shown(value: Any) -> str:
 def _differing_blocks(wanted: ModelConfig, made: ModelConfig) -> list[str]:
     """What the layers of one kind have that MaxText's have not: "sliding_window=4096 in layer 0"."""
     found = {}
-    for layer, (ours, theirs) in enumerate(zip(wanted.blocks, made.blocks, strict=True)):
+    pairs = zip(effective_blocks(wanted), effective_blocks(made), strict=True)
+    for layer, (ours, theirs) in enumerate(pairs):
         for name, value in ours.model_dump().items():
-            without_effect = name == "rope_scaled" and wanted.rope_scaling is None
-            if value != getattr(theirs, name) and not without_effect:
+            if value != getattr(theirs, name):
                 found.setdefault(name, f"{name}={value!r} in layer {layer}")
     return list(found.values())

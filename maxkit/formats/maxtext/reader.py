@@ -34,17 +34,21 @@ ITEMS = ("items", "state", "model_params", "default")  # what holds the weights,
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: path in the tree, how, and its row on the layer axis of length `repeats` (None: no axis)."""
+    """Where a tensor lies: path in the tree, how, its row on each layer axis (none: no axis), these axes' lengths."""
 
     tree: str
     rearrangement: Rearrangement
-    row: int | None
-    repeats: int
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
 
     def stored_shape(self, axis: int) -> tuple[int, ...]:
         """The shape of the array that holds it."""
         shape = self.rearrangement.foreign_shape
-        return shape if self.row is None else (*shape[:axis], self.repeats, *shape[axis:])
+        return (*shape[:axis], *self.lengths, *shape[axis:])
+
+    def slices(self, axis: int) -> tuple[int | slice, ...]:
+        """Of the tensor in the array that holds it, `axis` being where layers are stacked."""
+        return (slice(None),) * axis + self.rows
 
 
 class MaxTextContents:
@@ -180,12 +184,10 @@ class MaxTextContents:
         return arrays.read(key, index)
 
     def _layer(self, key: str, place: Place) -> np.ndarray:
-        if place.row is None:
+        if not place.rows:
             return self._fetch(key)
-        index = (slice(None),) * self.scan_axis + (place.row,)
-        chunks = self._leaf(key).chunks
-        axis = self.scan_axis + (self._replica is not None)
-        if chunks[axis] < place.repeats:  # in pieces: only those of this layer
+        index, axis = place.slices(self.scan_axis), self.scan_axis + (self._replica is not None)
+        if self._leaf(key).chunks[axis] < place.lengths[0]:  # in pieces: only those of this layer
             return self._fetch(key, index)
         if self._held is None or self._held[0] != key:
             self._held = None  # let go of the last one before the next is read
@@ -215,14 +217,16 @@ class MaxTextContents:
     def _find_scheme(self) -> tuple[str, containers.Scheme]:
         """The arrangement of which most containers are there."""
         settings, tree = self.description.settings, self._sorted.trees[WEIGHTS]
-        interval = settings.get("inhomogeneous_layer_cycle_interval", 1)
-        schemes = containers.schemes(self.description.block, self.config, interval if interval > 1 else None)
+        block = self.description.block
+        schemes = containers.schemes(block, self.config, containers.cycle_of(block, settings))
         found: dict[str, int] = {}
         for name, scheme in schemes.items():
             wanted = {slot.container for slot in containers.slots(scheme)}
             there = sum(any(path.startswith(f"{container}/") for path in tree) for container in wanted)
             # `layers/0/` must not count as `layers/`.
-            stray = name == "scanned" and any(path.split("/")[2:3] and path.split("/")[2].isdecimal() for path in tree)
+            stray = name.startswith("scanned") and any(
+                path.split("/")[2:3] and path.split("/")[2].isdecimal() for path in tree
+            )
             found[name] = 0 if stray else there
         best = max(found, key=found.__getitem__)
         if not found[best]:
@@ -258,7 +262,7 @@ class MaxTextContents:
     def _find_axis(self) -> int:
         """The layer axis that all stacks agree with: the one described, or else MaxText's default, before others."""
         described = int(self.description.settings["param_scan_axis"])
-        shapes, stacked = self._stored_shapes(), [place for place in self._places.values() if place.row is not None]
+        shapes, stacked = self._stored_shapes(), [place for place in self._places.values() if place.rows]
         stacked = [place for place in stacked if place.tree in shapes]
         for axis in dict.fromkeys((described, 1, 0, 2, 3)):
             if all(
@@ -294,7 +298,7 @@ class MaxTextContents:
 
     def _find_scan_layers(self) -> bool:
         """The structure, which reading depends on; what the metadata and the description say beside it is reported."""
-        structure = self.layout == "scanned"
+        structure = self.layout.startswith("scanned")
         stored = self.metadata.get("scan_layers")
         if "scan_layers" in self.metadata and not isinstance(stored, bool):
             self.facts["scan_layers"] = f"metadata has {stored!r}, not a boolean: read from the structure"
@@ -316,11 +320,11 @@ def make_places(
         for layer, spec in enumerate(config.blocks) if row.per_layer else outside:
             if not row.exists(config, spec):
                 continue
-            slot = slots[layer] if layer is not None else containers.Slot("", "", None, 1)
+            slot = slots[layer] if layer is not None else containers.Slot("", "", (), ())
             tree = row.key.replace("{i}", slot.container).replace("{part}", slot.suffix)
             known = found.get((row.path, layer))
             if known is None or (known.tree not in stored and tree in stored):
-                found[row.path, layer] = Place(tree, parse_axes(row.axes, sizes), slot.row, slot.repeats)
+                found[row.path, layer] = Place(tree, parse_axes(row.axes, sizes), slot.rows, slot.lengths)
     order = {path: number for number, path in enumerate(dict.fromkeys(path for path, _ in found))}
     return dict(sorted(found.items(), key=lambda item: (order[item[0][0]], item[0][1] or 0)))
 

@@ -15,6 +15,7 @@ from maxkit.formats.tables import Leaf
 _ENDS = (
     Leaf("embed/table", "token_embedder/embedding", "VD"),
     Leaf("final_norm/scale", "decoder/decoder_norm/scale", "D"),
+    Leaf("final_norm/bias", "decoder/decoder_norm/bias", "D", "norm_bias"),
     Leaf("output/kernel", "decoder/logits_dense/kernel", "DV > VD", "untied"),
 )
 
@@ -110,6 +111,59 @@ _OLMO3 = (
     *(*_attention("attention"), *_DENSE),
 )
 
+_LLAMA4 = (
+    *(*_ENDS, *_PRE, *_attention("self_attention"), *_DENSE),
+    *_experts("Llama4MoEBlock_0/MoeBlock_0"),
+    *_mlp("layers/mlp/shared", "{i}/Llama4MoEBlock_0/shared_experts", "s", "moe shared"),
+)
+
+_FULL, _DELTA = "{i}/attention/attention/", "{i}/attention/"
+_QWEN3_NEXT = (
+    *(*_ENDS, *_norms(attention_norm="input_layernorm", mlp_norm="post_attention_layernorm")),
+    Leaf("layers/attention/query/kernel", _FULL + "query/kernel", "DN(*H+H) > DNH", "attention"),
+    Leaf("layers/attention/gate/kernel", _FULL + "query/kernel", "DN(H+*H) > DNH", "attention"),
+    Leaf("layers/attention/key/kernel", _FULL + "key/kernel", "DKH", "attention"),
+    Leaf("layers/attention/value/kernel", _FULL + "value/kernel", "DKH", "attention"),
+    Leaf("layers/attention/out/kernel", _FULL + "out/kernel", "NHD", "attention"),
+    Leaf("layers/attention/query_norm/scale", _FULL + "query_norm/scale", "H", "attention"),
+    Leaf("layers/attention/key_norm/scale", _FULL + "key_norm/scale", "H", "attention"),
+    Leaf("layers/delta/query/kernel", _DELTA + "in_proj_qkvz/kernel", "D(k(*h+h+gu+gu)) > Dkh", "delta"),
+    Leaf("layers/delta/key/kernel", _DELTA + "in_proj_qkvz/kernel", "D(k(h+*h+gu+gu)) > Dkh", "delta"),
+    Leaf("layers/delta/value/kernel", _DELTA + "in_proj_qkvz/kernel", "D(k(h+h+*gu+gu)) > D(kg)u", "delta"),
+    Leaf("layers/delta/gate/kernel", _DELTA + "in_proj_qkvz/kernel", "D(k(h+h+gu+*gu)) > D(kg)u", "delta"),
+    Leaf("layers/delta/beta/kernel", _DELTA + "in_proj_ba/kernel", "D(k(*g+g)) > D(kg)", "delta"),
+    Leaf("layers/delta/decay/kernel", _DELTA + "in_proj_ba/kernel", "D(k(g+*g)) > D(kg)", "delta"),
+    Leaf("layers/delta/query_conv/kernel", _DELTA + "conv1d/kernel", "w1(*kh+kh+kgu) > khw", "delta"),
+    Leaf("layers/delta/key_conv/kernel", _DELTA + "conv1d/kernel", "w1(kh+*kh+kgu) > khw", "delta"),
+    Leaf("layers/delta/value_conv/kernel", _DELTA + "conv1d/kernel", "w1(kh+kh+*kgu) > (kg)uw", "delta"),
+    Leaf("layers/delta/dt_bias", _DELTA + "dt_bias", "(kg)", "delta"),
+    Leaf("layers/delta/log_decay", _DELTA + "A_log", "(kg)", "delta"),
+    Leaf("layers/delta/norm/scale", _DELTA + "norm/rms_norm/scale", "u", "delta"),
+    Leaf("layers/delta/out/kernel", _DELTA + "out_proj/kernel", "(kgu)D > (kg)uD", "delta"),
+    *_experts("mlp/routed_experts"),
+    *_mlp("layers/mlp/shared", "{i}/mlp/shared_expert", "s", "moe shared"),
+    Leaf("layers/mlp/shared_gate/kernel", "{i}/mlp/shared_expert_gate/kernel", "D1 > D", "moe shared_gate"),
+)
+
+_FUSED = "{i}/self_attention/qkv_proj/"
+_GPT3 = (
+    *(*_ENDS, Leaf("positions/table", "decoder/position_embedder/embedding", "SD")),
+    Leaf("layers/attention_norm/scale", "{i}/pre_self_attention_norm/scale", "D"),
+    Leaf("layers/attention_norm/bias", "{i}/pre_self_attention_norm/bias", "D", "norm_bias"),
+    Leaf("layers/mlp_norm/scale", "{i}/mlp/mlp_layer_norm/scale", "D"),
+    Leaf("layers/mlp_norm/bias", "{i}/mlp/mlp_layer_norm/bias", "D", "norm_bias"),
+    *(row for row in _attention("self_attention") if "qkv_proj" not in row.key),
+    *(  # fused, the three lie side by side on an axis of their own
+        Leaf(f"layers/attention/{name}/{part}", _FUSED + part, axes, when)
+        for part, left, heads, when in (("kernel", "D", "{}H", ""), ("bias", "", "{}H", "attention_bias"))
+        for name, three, letter in (("query", "(*1+1+1)", "N"), ("key", "(1+*1+1)", "K"), ("value", "(1+1+*1)", "K"))
+        for axes in [f"{left}{three}{heads.format(letter)} > {left}{heads.format(letter)}"]
+    ),
+    *_DENSE,
+    Leaf("layers/mlp/up/bias", "{i}/mlp/wi/bias", "F", "mlp_bias"),
+    Leaf("layers/mlp/down/bias", "{i}/mlp/wo/bias", "D", "mlp_bias"),
+)
+
 ROWS: dict[str, tuple[Leaf, ...]] = {
     "llama2": _LLAMA,
     "mistral": _LLAMA,
@@ -126,4 +180,7 @@ ROWS: dict[str, tuple[Leaf, ...]] = {
     "gemma3": (*_ENDS, *_FOUR, *_attention("self_attention"), *_DENSE),
     "deepseek": _DEEPSEEK,
     "olmo3": _OLMO3,
+    "llama4": _LLAMA4,
+    "qwen3_next": _QWEN3_NEXT,
+    "gpt3": _GPT3,
 }

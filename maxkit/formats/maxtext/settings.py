@@ -59,6 +59,16 @@ DEFAULTS: dict[str, Any] = {
     "use_post_attn_norm": False,
     "use_post_ffw_norm": False,
     "inhomogeneous_layer_cycle_interval": 1,
+    "chunk_attn_window_size": 0,
+    "nope_layer_interval": -1,
+    "interleave_moe_layer_step": 1,
+    "temperature_tuning": False,
+    "trainable_position_size": -1,
+    "gdn_conv_kernel_dim": 4,
+    "gdn_key_head_dim": 128,
+    "gdn_value_head_dim": 128,
+    "gdn_num_key_heads": 16,
+    "gdn_num_value_heads": 32,
     "num_experts": 1,
     "num_experts_per_tok": 1,
     "shared_experts": 0,
@@ -94,6 +104,9 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "first_num_hash_layers": ((0,), "experts chosen by hash"),
     "use_random_routing": ((False,), "experts chosen at random"),
     "rope_min_timescale": ((1,), "another smallest RoPE timescale"),
+    "rope_pairwise": ((False,), "RoPE in pairs of another order"),
+    "qk_norm_with_scale": ((True,), "norms of queries and keys without a scale"),
+    "use_qk_norm_in_gdn": ((True,), "linear attention without normalised queries and keys"),
     "partial_rotary_factor": ((1, 1.0), "part of a head is turned"),
     "nope_layer_interval": ((-1, None), "layers without RoPE"),
     "num_kv_shared_layers": ((0,), "layers share keys and values"),
@@ -110,6 +123,13 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "norm_scale_plus_one": ((False,), "norms that store their scale less one"),
     "compress_ratios": (([], None), "compressed attention"),
     "o_groups": ((0,), "a grouped output projection"),
+}
+
+# Of these, what one block computes nevertheless.
+EXCEPT = {
+    "llama4": ("nope_layer_interval", "interleave_moe_layer_step"),
+    "qwen3_next": ("partial_rotary_factor",),
+    "gpt3": ("trainable_position_size",),
 }
 
 # How the writer was built, not what it wrote; `pure_nnx` and the others make no difference to the weights.

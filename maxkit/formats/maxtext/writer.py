@@ -33,7 +33,7 @@ from maxkit.formats.restated import Restated
 
 LAYOUTS = ("maxtext-linen", "maxtext-nnx")
 SETTINGS_FILE = "maxtext.yml"
-STACK_BYTES = 64 * 2**20  # stacks up to this size are put together before they are written
+STACK_BYTES = 16 * 2**20  # stacks up to this size are put together before they are written
 
 
 class State(NamedTuple):
@@ -104,15 +104,16 @@ def write(
         raise UserError(f"adapters have no place in a {layout} checkpoint ({adapters[0]}, ...): merge them first")
     config, settings = maxtext_form(contents.config)
     source = Restated(contents, config)
-    scheme = containers.schemes(decoder_block(settings), config)["scanned" if scan_layers else "unrolled"]
-    cycle = containers.CYCLES.get(decoder_block(settings), 1)
-    if scan_layers and config.num_layers % cycle and decoder_block(settings) != "gemma3":
-        # Only gemma3 has a place for the rest; MaxText's others would leave it out of the model in silence.
+    block = decoder_block(settings)
+    cycle = containers.cycle_of(block, settings)
+    scheme = containers.schemes(block, config, cycle)["scanned" if scan_layers else "unrolled"]
+    if scan_layers and config.num_layers % cycle and block not in ("gemma3", "qwen3_next"):
+        # Only these have a place for the rest; MaxText's others would leave it out of the model in silence.
         raise UserError(
-            f"MaxText scans {decoder_block(settings)} layers in cycles of {cycle}, the model has {config.num_layers}: "
+            f"MaxText scans {block} layers in cycles of {cycle}, the model has {config.num_layers}: "
             "give scan_layers=false"
         )
-    job = _Job(source, make_places(decoder_block(settings), config, scheme), layout, dtype, params_only, scan_axis)
+    job = _Job(source, make_places(block, config, scheme), layout, dtype, params_only, scan_axis)
     job.check()
     directory = Path(directory)
     metadata = {"scan_layers": scan_layers, "param_scan_axis": scan_axis, "model": config.model_dump(mode="json")}
@@ -251,7 +252,7 @@ class _Job:
         first = members[0][1]
         dtype = dtype or self._one_dtype(members, slot)
         shape = first.stored_shape(self.scan_axis)
-        if first.row is None:
+        if not first.rows:
             writer.write(parts, self._composed(members, slot, dtype), indices)
             return
         if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize <= STACK_BYTES:
@@ -266,11 +267,11 @@ class _Job:
 
     def _layers(self, members: list, slot: str, dtype: np.dtype) -> Iterator[tuple[tuple, np.ndarray]]:
         """(index into the stack, that layer) one after the other."""
-        rows: dict[int, list[tuple[Address, Place]]] = {}
+        layers: dict[tuple[int, ...], list[tuple[Address, Place]]] = {}
         for address, place in members:
-            rows.setdefault(place.row, []).append((address, place))
-        for row, layer in sorted(rows.items()):
-            yield (slice(None),) * self.scan_axis + (row,), self._composed(layer, slot, dtype)
+            layers.setdefault(place.rows, []).append((address, place))
+        for _, layer in sorted(layers.items()):
+            yield layer[0][1].slices(self.scan_axis), self._composed(layer, slot, dtype)
 
     def _composed(self, members: list[tuple[Address, Place]], slot: str, dtype: np.dtype) -> np.ndarray:
         """The foreign tensor of one layer, from the tensors of ours that lie in it."""
