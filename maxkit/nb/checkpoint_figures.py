@@ -53,7 +53,7 @@ def sizes_figure(contents: Contents, *, title: str, save_as: Any = None) -> Figu
     slots = [slot for slot in contents.slots if any(slot in row for row in kinds.values())]
     unit, name = _unit(max(sum(row.get(slot, 0) for slot in slots) for row in kinds.values()))
     with matplotlib.rc_context(STYLE):
-        canvas = _canvas(1.35 + 0.3 * len(kinds), title)
+        canvas = _canvas(1.45 + 0.3 * len(kinds), title)
         axes = canvas.add_subplot(facecolor="white")
         for y, (path, row) in enumerate(kinds.items()):
             left = 0.0
@@ -75,7 +75,7 @@ def sizes_figure(contents: Contents, *, title: str, save_as: Any = None) -> Figu
         keys = [Patch(color=colour, label=part) for part, colour in PARTS.items() if part in used]
         shades = zip((1.0, 0.45, 0.22), slots, strict=False)
         keys += [Patch(color="#5f6368", alpha=a, label=s) for a, s in shades] if len(slots) > 1 else []
-        canvas.legend(handles=keys, frameon=False, fontsize=9, loc="outside lower right", ncols=len(keys))
+        canvas.legend(handles=keys, frameon=False, fontsize=9, loc="outside lower right", ncols=min(4, len(keys)))
         totals = {slot: sum(row.get(slot, 0) for row in kinds.values()) / unit for slot in slots}
         told = ", ".join(f"{slot} {total:.4g} {name}" for slot, total in totals.items())
         largest = max(kinds, key=lambda path: kinds[path].get(WEIGHTS, 0))
@@ -167,7 +167,7 @@ def bits_figure(value: float, *, title: str, save_as: Any = None) -> Figure:
             axes.plot(at, change[at], "o", color=colour, ms=5, label=name)
         axes.set_yscale("log")
         axes.set_ylim(1e-8, 10 * change.max())
-        axes.set_xlabel(f"bit of {np.float32(value)!s} that is flipped")
+        axes.set_xlabel(f"bit of {value:.4g} that is flipped")
         axes.set_ylabel("change, relative to the value")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, axis="y", color=FAINT, linewidth=0.7)

@@ -43,7 +43,7 @@ def cpu_seconds() -> float:
 
 
 def test_there_are_tutorials():
-    assert [path.stem for path in TUTORIALS] == ["decoder_tour"]
+    assert [path.stem for path in TUTORIALS] == ["anatomy_of_a_checkpoint", "decoder_tour"]
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
