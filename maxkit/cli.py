@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from maxkit.errors import CheckFailed, UserError
 
-CONVERT_TARGETS = ("maxkit", "hf", "maxtext-linen", "maxtext-nnx")
+CONVERT_TARGETS = ("maxkit", "hf", "peft", "maxtext-linen", "maxtext-nnx")
 
 
 class Parser(argparse.ArgumentParser):
@@ -153,6 +153,7 @@ def convert_checkpoint(arguments: argparse.Namespace) -> int:
         arguments.destination,
         to=arguments.to,
         config=arguments.config,
+        base=arguments.base,
         scan_layers=None if arguments.scan_layers is None else arguments.scan_layers == "true",
         params_only=arguments.params_only,
         dtype=arguments.dtype,
@@ -258,6 +259,7 @@ def _add_convert(commands: Any) -> None:
     add.add_argument("destination", metavar="DST", help="a new folder")
     add.add_argument("--to", required=True, choices=CONVERT_TARGETS, help="the format to write")
     add.add_argument("--config", metavar="FILE|PRESET", help="how the source was made, where it does not say")
+    add.add_argument("--base", metavar="MODEL", help="the model that adapters belong to, if not the one they name")
     add.add_argument("--scan-layers", choices=("true", "false"), help="the layout to write; otherwise the source's")
     add.add_argument("--params-only", action="store_true", help="leave optimizer state and random numbers out")
     add.add_argument("--dtype", metavar="bfloat16", help="cast the weights: float32, bfloat16 or float16")

@@ -278,7 +278,10 @@ class TreeContents:
         scan_layers: bool,
         lora: LoraConfig | None = None,
         tokenizer: Tokenizer | None = None,
+        source: str | None = None,
     ):
+        """`source`: the path or name that the weights were loaded from."""
+        self.source = source
         self.format, self.config, self.scan_layers, self.lora = "memory", config, scan_layers, lora
         self.scalars: dict[str, np.ndarray] = {}
         self.facts: dict[str, str] = {}

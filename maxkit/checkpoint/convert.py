@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from maxkit.checkpoint import arrays, digest_stream
+from maxkit.checkpoint.adapters import base_name
+from maxkit.checkpoint.contents import tokenizer_files
 from maxkit.checkpoint.conversion_plan import Plan, Tensor, cast_to, make_plan, stated_for_hf, without_adapters
 from maxkit.checkpoint.conversion_store import JOURNAL, write_store
 from maxkit.checkpoint.lock import LOCK_FILE, FolderLock
@@ -31,6 +33,7 @@ from maxkit.formats.contents import WEIGHTS, Contents
 from maxkit.formats.huggingface import HuggingFaceReader, write_huggingface
 from maxkit.formats.maxtext import MaxTextContents
 from maxkit.formats.maxtext import writer as maxtext_writer
+from maxkit.formats.peft import PeftReader, write_peft
 from maxkit.formats.restated import Restated
 
 PARTIAL = ".partial"
@@ -53,6 +56,7 @@ def convert(
     *,
     to: str,
     config: Description = None,
+    base: str | Path | None = None,
     scan_layers: bool | None = None,
     params_only: bool = False,
     dtype: str | None = None,
@@ -65,6 +69,7 @@ def convert(
     Args:
         to: one of `TARGETS`.
         config: how the source was made, where it does not say.
+        base: the model that a folder of adapters belongs to, where it is not the one that they name.
         scan_layers: the layout to write; None keeps that of the source (stacked where it has none).
         params_only: leave optimizer state, counters and random numbers out.
         dtype: of the weights, one of `DTYPES`; optimizer state keeps its own.
@@ -77,7 +82,7 @@ def convert(
             unexpected tensors, a full disk.
         DamagedCheckpoint: the source's bytes are not those that were saved.
     """
-    contents = open_contents(source, config)
+    contents = open_contents(source, config, base)
     plan = make_plan(
         contents,
         to,
@@ -123,7 +128,7 @@ def write(contents: Contents, plan: Plan, destination: str | Path) -> Conversion
     except UserError as error:
         raise UserError(f"{destination} is being written by another process, or cannot be: {error}") from error
     try:
-        writer = {"maxkit": write_store, "hf": _write_hf}.get(plan.to, _write_maxtext)
+        writer = {"maxkit": write_store, "hf": _write_hf, "peft": _write_peft}.get(plan.to, _write_maxtext)
         verified, resumed = writer(contents, plan, partial)
         with arrays.failure_named(destination):
             for name in (JOURNAL, LOCK_FILE):
@@ -163,6 +168,26 @@ def _write_hf(contents: Contents, plan: Plan, partial: Path) -> tuple[int, int]:
         for path in folder.iterdir():
             os.replace(path, partial / path.name)
         folder.rmdir()
+    return len(digests), 0
+
+
+def _write_peft(contents: Contents, plan: Plan, partial: Path) -> tuple[int, int]:
+    """Adapters alone, with the tokenizer, as peft opens them; (tensors compared after reading them back, 0)."""
+    _start_again(partial)
+    digests: dict[tuple[str, int | None], str] = {}
+    dtype = np.dtype(plan.leaves[0].dtype)
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        value = contents.read(path, layer).astype(dtype, copy=False)
+        digests[path, layer] = digest_stream.digest(value)
+        return value
+
+    lora = contents.lora  # type: ignore[attr-defined]
+    write_peft(partial, contents.config, lora, read, base_name(contents, plan.source), dtype)
+    compare_digests(PeftReader(partial, contents.config).read, digests, partial)
+    with arrays.failure_named(partial):
+        for name, content in tokenizer_files(contents).items():
+            (partial / name).write_bytes(content)
     return len(digests), 0
 
 

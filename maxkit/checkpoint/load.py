@@ -13,6 +13,8 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from maxkit import mesh as meshes
+from maxkit.checkpoint.contents import TreeContents
+from maxkit.checkpoint.merge import Merged
 from maxkit.checkpoint.open import (
     Description,
     check_config,
@@ -73,11 +75,26 @@ class Loaded:
         """The architecture."""
         return self.definition.config
 
+    def merged(self) -> "Loaded":
+        """The same function without adapters: they are added to the weights beside them, in float32, rounded once.
+
+        Nothing here changes, so the base is there to go back to, bit for bit.
+        """
+        old = self.definition
+        contents = TreeContents(old.config, old.flat(self.params), scan_layers=old.execution.scan_layers, lora=old.lora)
+        if old.lora is None:
+            return self
+        definition = ModelDefinition(old.config, old.execution, None, old.weight_dtype.name)
+        report = [*self.report, "adapters added to the weights"]
+        params = read_params(Merged(contents), definition, self.mesh, report=report)
+        return dataclasses.replace(self, definition=definition, params=params, report=tuple(report))
+
 
 def load(
     path_or_model_name: str | Path,
     *,
     config: Description = None,
+    base: str | Path | None = None,
     scan_layers: bool | None = None,
     dtype: str | None = None,
     mesh: Mesh | str | None = None,
@@ -88,6 +105,7 @@ def load(
 
     Args:
         config: how the source was made, where it does not say; must agree with what it does say.
+        base: the model that a folder of adapters belongs to, where it is not the one that they name.
         scan_layers: stacked layers or one by one; None loads it from the checkpoint (without a layout: stacked).
         dtype: cast the weights, one of `WEIGHT_TYPES`; None keeps the stored type (of several: float32, see
             `source_dtype`).
@@ -101,7 +119,7 @@ def load(
     """
     if dtype is not None and dtype not in WEIGHT_TYPES:
         raise UserError(f"dtype={dtype!r}: {nearest(dtype, WEIGHT_TYPES)}")
-    source = open_contents(path_or_model_name, config)
+    source = open_contents(path_or_model_name, config, base)
     resolved, line = resolve_scan_layers(source.scan_layers, scan_layers, "keyword", path_or_model_name)
     weights = dtype or source_dtype(source)
     execution = Execution(scan_layers=resolved, dtype="bfloat16" if weights == "bfloat16" else "float32")

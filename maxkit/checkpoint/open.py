@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from maxkit.checkpoint import inspect, sources
+from maxkit.checkpoint.adapters import Adapted, is_adapter_folder, refuse_base
 from maxkit.checkpoint.contents import Plain, StoreContents, WithTokenizer
 from maxkit.errors import UserError, nearest
-from maxkit.formats import presets
+from maxkit.formats import peft, presets
 from maxkit.formats.contents import Contents
 from maxkit.formats.gguf import GGUFReader
 from maxkit.formats.huggingface import HuggingFaceReader, read_config
@@ -24,10 +25,13 @@ from maxkit.models.config import ModelConfig
 Description = ModelConfig | str | Path | None  # how a source was made
 
 
-def open_contents(path_or_model_name: str | Path, config: Description = None) -> Contents:
+def open_contents(
+    path_or_model_name: str | Path, config: Description = None, base: str | Path | None = None
+) -> Contents:
     """Open a run, step or item folder, a model's folder or file, or a known name. Reads no tensor.
 
-    `config` describes how the source was made, where it does not say; what it says must agree.
+    `config` describes how the source was made, where it does not say; what it says must agree. `base` is the model of a
+    folder of adapters, where it is not the one that these name.
 
     Raises:
         UserError: nothing is there, it cannot be read, or `config` contradicts it.
@@ -35,6 +39,11 @@ def open_contents(path_or_model_name: str | Path, config: Description = None) ->
     text = str(path_or_model_name)
     path = inspect.as_path(text) if "://" in text else sources.resolve(text)
     opened: Any
+    if path.is_dir() and is_adapter_folder(path):
+        name = str(base or peft.base_of(path))
+        opened = Adapted(path, open_contents(name, config), name)
+        return opened
+    refuse_base(path, base)
     if path.is_file() and path.suffix == ".gguf":
         opened = Plain(GGUFReader(path))
     elif path.is_dir() and (path / "config.json").exists():
@@ -80,7 +89,7 @@ def records_nothing(path_or_model_name: str | Path) -> bool:
     """Whether a checkpoint is one of those (MaxText, Tunix) that do not say what they compute."""
     text = str(path_or_model_name)
     path = inspect.as_path(text) if "://" in text else sources.resolve(text)
-    if path.is_file() or (path / "config.json").exists():
+    if path.is_file() or (path / "config.json").exists() or is_adapter_folder(path):
         return False
     place = inspect.find(path)
     return place.kind == "orbax" and not isinstance(inspect.step_metadata(place.path).get("model"), dict)
@@ -146,7 +155,7 @@ def resolve_scan_layers(stored: bool | None, explicit: bool | None, origin: str,
 def stated_by(source: Contents, where: str | Path) -> list[str]:
     """Lines on what the layout rests on, where a foreign format records it, and on what else the source says."""
     facts = [f"{name}: {fact}" for name, fact in source.facts.items()]
-    if source.format in ("maxkit", "hf", "gguf", "memory"):
+    if source.format in ("maxkit", "hf", "gguf", "memory", "peft"):
         return facts
     found = inspect.describe(where)["metadata"].get("evidence", [])
     return [line for line in found if line.startswith("scan_layers:") and "custom_metadata has" not in line] + facts

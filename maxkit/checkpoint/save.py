@@ -36,7 +36,8 @@ def save(
 
     Args:
         loaded_or_model: what `maxkit.load` gave (with its tokenizer), an NNX model, or (definition, params).
-        format: "maxkit"; "hf": a folder that transformers loads; "maxtext-linen" or "maxtext-nnx": what MaxText loads.
+        format: "maxkit"; "hf": a folder that transformers loads; "peft": the adapters alone, as peft loads them;
+            "maxtext-linen" or "maxtext-nnx": what MaxText loads.
         scan_layers: the layout to write; None keeps the model's. A format without layouts takes no other.
         dtype: cast the weights to "float32", "bfloat16" or "float16".
         merge_lora: add adapters to the weights beside them; None does where the format has no adapters.
@@ -48,9 +49,9 @@ def save(
     contents = contents_of(loaded_or_model)
     if merge_lora and contents.lora is not None:
         contents = Merged(contents)
-    elif merge_lora is False and contents.lora is not None and format != "maxkit":
+    elif merge_lora is False and contents.lora is not None and format not in ("maxkit", "peft"):
         raise UserError(
-            f"merge_lora=False: a checkpoint of format {format!r} has no adapters; 'maxkit' keeps them apart"
+            f"merge_lora=False: a checkpoint of format {format!r} has no adapters; 'maxkit' and 'peft' keep them apart"
         )
     plan = make_plan(contents, format, "memory", scan_layers=scan_layers, origin="keyword", dtype=dtype)
     return write(contents, plan, path)
@@ -62,10 +63,10 @@ def contents_of(loaded_or_model: Model) -> Any:
     Raises:
         UserError: not a model of maxkit, or one that this process holds only a part of.
     """
-    tokenizer = None
+    tokenizer = source = None
     if isinstance(loaded_or_model, Loaded):
         definition, params = loaded_or_model.definition, loaded_or_model.params
-        tokenizer = loaded_or_model.tokenizer
+        tokenizer, source = loaded_or_model.tokenizer, loaded_or_model.source
         config, scan_layers, lora = definition.config, definition.execution.scan_layers, definition.lora
     elif isinstance(loaded_or_model, Decoder):
         params = ModelDefinition.values(loaded_or_model)
@@ -84,4 +85,4 @@ def contents_of(loaded_or_model: Model) -> Any:
             f"maxkit.save writes from one process, which holds only a part of {elsewhere[0]} and {len(elsewhere) - 1} "
             "more: save with the run's checkpoints, then convert one of them"
         )
-    return TreeContents(config, leaves, scan_layers=scan_layers, lora=lora, tokenizer=tokenizer)
+    return TreeContents(config, leaves, scan_layers=scan_layers, lora=lora, tokenizer=tokenizer, source=source)

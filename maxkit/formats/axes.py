@@ -80,7 +80,7 @@ class Rearrangement:
         """Both arrays, with one axis for each letter, in the order of our letters."""
         assert ours.shape == self.canonical_shape, (ours.shape, self.canonical_shape)
         assert theirs.shape == self.foreign_shape, (theirs.shape, self.foreign_shape)
-        letters, wanted = _letters(self.foreign), _letters(self.canonical)
+        letters, wanted = letters_of(self.foreign), letters_of(self.canonical)
         return self._view(ours, self.canonical), self._view(theirs, self.foreign).transpose(
             [letters.index(letter) for letter in wanted]
         )
@@ -111,11 +111,11 @@ class Rearrangement:
         return view, axis
 
 
-def _letters(factors: tuple[str | Sum, ...]) -> str:
+def letters_of(factors: tuple[str | Sum, ...]) -> str:
     """The letters that `factors` leave after choosing."""
     found = ""
     for factor in factors:
-        found += _letters(factor.terms[factor.chosen]) if isinstance(factor, Sum) else factor.replace("1", "")
+        found += letters_of(factor.terms[factor.chosen]) if isinstance(factor, Sum) else factor.replace("1", "")
     return found
 
 
@@ -128,7 +128,7 @@ def parse_axes(axes: str, sizes: dict[str, int]) -> Rearrangement:
 def _parse_sides(axes: str) -> tuple[tuple[str | Sum, ...], tuple[str | Sum, ...]]:
     source, _, target = axes.replace(" ", "").partition(">")
     foreign, canonical = _parse(source), _parse(target or source)
-    assert sorted(_letters(foreign)) == sorted(set(_letters(canonical))) == sorted(_letters(canonical)), axes
+    assert sorted(letters_of(foreign)) == sorted(set(letters_of(canonical))) == sorted(letters_of(canonical)), axes
     return foreign, canonical
 
 

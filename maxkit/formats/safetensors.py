@@ -126,10 +126,18 @@ class SafetensorsFile:
 class SafetensorsWriter:
     """Writes one file under a temporary name; `finish` gives it its own. `shapes` fix the places."""
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shapes: dict[str, tuple[int, ...]],
+        dtype: np.dtype,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        """`metadata`: more texts for the header."""
         self.path, self.dtype, self._places = path, dtype, {}
         self._partial = path.with_name(path.name + f".partial-{os.getpid()}")
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without this
+        header["__metadata__"] |= metadata or {}
         end = 0
         for name, shape in shapes.items():
             start, end = end, end + math.prod(shape) * dtype.itemsize

@@ -359,7 +359,7 @@ _GPT_OSS = (
     Leaf("layers/mlp/router/bias", _LAYER + "mlp.router.bias", "E", "moe router_bias"),
     Leaf("layers/mlp/experts/gate/kernel", _GPT_OSS_MOE + "gate_up_proj", "ED(f(*1+1)) > EDf", "moe"),
     Leaf("layers/mlp/experts/up/kernel", _GPT_OSS_MOE + "gate_up_proj", "ED(f(1+*1)) > EDf", "moe"),
-    Leaf("layers/mlp/experts/down/kernel", _GPT_OSS_MOE + "down_proj", "EfD", "moe"),
+    Leaf("layers/mlp/experts/down/kernel", _GPT_OSS_MOE + "down_proj", "EfD > EfD", "moe"),
     Leaf("layers/mlp/experts/gate/bias", _GPT_OSS_MOE + "gate_up_proj_bias", "E(f(*1+1)) > Ef", "moe expert_bias"),
     Leaf("layers/mlp/experts/up/bias", _GPT_OSS_MOE + "gate_up_proj_bias", "E(f(1+*1)) > Ef", "moe expert_bias"),
     Leaf("layers/mlp/experts/down/bias", _GPT_OSS_MOE + "down_proj_bias", "ED", "moe expert_bias"),
@@ -375,7 +375,7 @@ _LLAMA4 = (
     Leaf("layers/mlp/router/kernel", _FEED_FORWARD + "router.weight", "ED > DE", "moe"),
     Leaf("layers/mlp/experts/gate/kernel", _FEED_FORWARD + "experts.gate_up_proj", "ED(*f+f) > EDf", "moe"),
     Leaf("layers/mlp/experts/up/kernel", _FEED_FORWARD + "experts.gate_up_proj", "ED(f+*f) > EDf", "moe"),
-    Leaf("layers/mlp/experts/down/kernel", _FEED_FORWARD + "experts.down_proj", "EfD", "moe"),
+    Leaf("layers/mlp/experts/down/kernel", _FEED_FORWARD + "experts.down_proj", "EfD > EfD", "moe"),
     *_mlp("layers/mlp/shared", _FEED_FORWARD + "shared_expert.", "s", "moe shared"),
 )
 _DELTA = _LAYER + "linear_attn."
