@@ -6,7 +6,7 @@ Next to read: `store.py`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from maxkit.errors import UserError
 
@@ -49,15 +49,16 @@ _FIELDS = {
     "S": "max_seq_len",
 }
 _LAYER = re.compile(r"/(block|layer)_(\d+)/")
+_NUMBER = re.compile(r"(?<=[./_])\d+(?=[./]|$)")  # of a layer, in a foreign name
 
 
-def mismatches(expected: Mapping[str, Leaf], found: Mapping[str, Leaf]) -> list[str]:
+def mismatches(expected: Mapping[str, Leaf], found: Mapping[str, Leaf], allowed: Collection[str] = ()) -> list[str]:
     """One line per leaf that differs: path, what the run expects, what the checkpoint has, and the setting to
-    look at.
+    look at. Leaves in `allowed` may be on one side only.
     """
     lines = []
     other_layout = {_layout(path) for path in expected} - {None} != {_layout(path) for path in found} - {None}
-    for path in sorted(expected.keys() | found.keys()):
+    for path in sorted((expected.keys() | found.keys()) - set(allowed)):
         if path not in found:
             hint = _hint_of_presence(path, expected, found, other_layout)
             lines.append(f"{path}: expected {_text(expected[path])}, found nothing{hint}")
@@ -70,13 +71,15 @@ def mismatches(expected: Mapping[str, Leaf], found: Mapping[str, Leaf]) -> list[
     return lines
 
 
-def check(where: object, expected: Mapping[str, Leaf], found: Mapping[str, Leaf]) -> None:
-    """Compare two trees of leaves.
+def check(
+    where: object, expected: Mapping[str, Leaf], found: Mapping[str, Leaf], allowed: Collection[str] = ()
+) -> None:
+    """Compare two trees of leaves; those in `allowed` may be on one side only.
 
     Raises:
         UserError: they differ; lists every difference.
     """
-    lines = mismatches(expected, found)
+    lines = mismatches(expected, found, allowed)
     if lines:
         count = f"{len(lines)} difference{'s' if len(lines) > 1 else ''}"
         if _has_optimizer(expected) and not _has_optimizer(found):
@@ -88,6 +91,40 @@ def check(where: object, expected: Mapping[str, Leaf], found: Mapping[str, Leaf]
             f"{where} does not fit this run ({count}). Set the parameters as the checkpoint was made, "
             "or use another run_dir:\n  " + "\n  ".join(lines)
         )
+
+
+def hint_of_address(path: str, layer: int | None, layers: Collection[int | None]) -> str:
+    """The setting that makes a tensor appear on one side only; `layers` are those of which the other side has any."""
+    name = path.rpartition("/")[2]
+    if name in ("lora_a", "lora_b"):
+        return _hint("lora_rank")
+    if layer is not None and layer not in layers:
+        return _hint("num_layers")
+    return _hint("tie_embeddings", "model") if path == "output/kernel" else _hint("model")
+
+
+def collapsed(names: Iterable[str]) -> list[str]:
+    """Names that differ in their first number alone as one: model.layers.{0-3, 7}.mlp.weight."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        match = _NUMBER.search(name)
+        stem, rest = (name[: match.start()], name[match.end() :]) if match else (name, "")
+        numbers.setdefault((stem, rest), []).extend([int(match.group())] if match else [])
+    return [
+        f"{stem}{{{ranges(found)}}}{rest}" if len(found) > 1 else f"{stem}{found[0] if found else ''}{rest}"
+        for (stem, rest), found in numbers.items()
+    ]
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """1, 2, 3, 7 as "1-3, 7"."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
 def _has_optimizer(leaves: Mapping[str, Leaf]) -> bool:

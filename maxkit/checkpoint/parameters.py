@@ -5,6 +5,7 @@ Three policies: missing (`error`: refuse; `warn`: zeros and a line in the report
 unexpected (`error` | `warn`), and shapes, which always are an error. All problems are in one message.
 """
 
+from collections.abc import Mapping, Sized
 from typing import Literal
 
 import jax
@@ -23,7 +24,6 @@ from maxkit.models.definition import ModelDefinition, Parameter
 from maxkit.types import Tree
 
 Policy = Literal["error", "warn", "init"]
-_SHOWN = 20  # of a list in a message
 
 
 def read_params(
@@ -51,25 +51,24 @@ def read_params(
     found = [p for p in parameters if p not in absent]
     lacking = [p for p in absent if not p.trainable_adapter]
     known = {key for p in parameters for key in addresses_of(p)}
-    unused = [*_by_path(present - known), *source.unused_keys()]
+    unplaced, unused = sorted(present - known, key=_order), source.unused_keys()
     problems = _misshapen(source, definition, present)
-    problems += _uncast(source, found) if not cast else []
-    problems += [_missing_text(source, lacking, found)] if lacking and missing == "error" else []
-    problems += [_unexpected_text(unused)] if unused and unexpected == "error" else []
+    problems += _uncast(source, definition, present) if not cast else []
+    problems += _missing(source, lacking, present) if missing == "error" else []
+    problems += _unexpected(source, unplaced, unused, known) if unexpected == "error" else []
     if problems:
         raise UserError(". ".join(problems))
     fill = "its initial value" if missing == "init" else "zeros"
     report += [f"missing, filled with {fill}: {p.path} {list(p.shape)} {p.dtype}" for p in lacking]
-    report += [f"not used: {key}" for key in unused]
+    report += [f"not used: {name}" for name in (*_grouped({key: "" for key in unplaced}), *mismatch.collapsed(unused))]
     if not isinstance(source, StoreContents):
         report += _ignored_lines(source.ignored_keys())
     leaves = _read(source, definition, found, mesh, report)
-    if absent:
-        initial = definition.flat(definition.init(seed, mesh))
-        for parameter in absent:
-            keep = parameter.trainable_adapter or missing == "init"
-            value = initial[parameter.path] if keep else jnp.zeros_like(initial[parameter.path])
-            leaves[parameter.path] = _fill(source, parameter, value, present, mesh)
+    drawn = [p for p in absent if p.trainable_adapter or missing == "init"]
+    initial = definition.flat(definition.init(seed, mesh)) if drawn else {}
+    for parameter in absent:
+        value = initial[parameter.path] if parameter in drawn else _zeros(parameter, mesh)
+        leaves[parameter.path] = _fill(source, parameter, value, present, mesh)
     return definition.unflat(leaves)
 
 
@@ -84,49 +83,63 @@ def addresses_of(parameter: Parameter) -> list[Address]:
 
 
 def _misshapen(source: Contents, definition: ModelDefinition, present: set[Address]) -> list[str]:
-    lines = []
+    lines = {}
     for parameter in definition.parameters.values():
-        for path, layer in addresses_of(parameter):
-            if (path, layer) not in present:
-                continue
-            shape = tuple(source.shape(path, layer))
-            if shape != parameter.layer_shape:
-                letters = parameter.letters[1:] if parameter.stacked else parameter.letters
-                where = parameter.path if layer is None else f"{parameter.path} (layer {layer})"
+        letters = parameter.letters[1:] if parameter.stacked else parameter.letters
+        for key in addresses_of(parameter):
+            if key in present and (shape := tuple(source.shape(*key))) != parameter.layer_shape:
                 hint = mismatch.hint_of_shape(letters, parameter.layer_shape, shape)
-                lines.append(f"{where}: expected {list(parameter.layer_shape)}, found {list(shape)}{hint}")
+                lines[key] = f": expected {list(parameter.layer_shape)}, found {list(shape)}{hint}"
     if not lines:
         return []
-    return [f"{_count(lines, 'tensor')} of the checkpoint {_have(lines)} another shape: {_listed(lines)}"]
+    return [f"{_count(lines, 'tensor')} of the checkpoint {_have(lines)} another shape: {'; '.join(_grouped(lines))}"]
 
 
-def _uncast(source: Contents, found: list[Parameter]) -> list[str]:
+def _uncast(source: Contents, definition: ModelDefinition, present: set[Address]) -> list[str]:
     """Widening loses nothing and is only noted; anything else must be asked for."""
-    lines = []
-    for parameter in found:
-        stored = source.dtype(*addresses_of(parameter)[0])
-        if np.promote_types(stored, parameter.dtype) != parameter.dtype:
-            lines.append(f"{parameter.path} is stored as {stored}, which {parameter.dtype} does not hold")
-    return [f"{_listed(lines)}: say which with dtype="] if lines else []
+    lines = {}
+    for parameter in definition.parameters.values():
+        for key in addresses_of(parameter):
+            if key in present:
+                stored = source.dtype(*key)
+                if np.promote_types(stored, parameter.dtype) != parameter.dtype:
+                    lines[key] = f" is stored as {stored}, which {parameter.dtype} does not hold"
+    return [f"{'; '.join(_grouped(lines))}: say which with dtype="] if lines else []
 
 
-def _missing_text(source: Contents, lacking: list[Parameter], found: list[Parameter]) -> str:
-    there, absent = ({p.path: (p.shape, np.dtype(p.dtype).name) for p in some} for some in (found, lacking))
-    lines, keys = mismatch.mismatches(there | absent, there), source.missing_keys()
-    stored = f" (stored they would be {_listed(keys, ', ')})" if keys else ""
-    return (
-        f"{_count(lines, 'parameter')} of the model {'is' if len(lines) == 1 else 'are'} not in the checkpoint: "
-        f"{_listed(lines)}{stored}. Check num_layers and the family, "
+def _missing(source: Contents, lacking: list[Parameter], present: set[Address]) -> list[str]:
+    layers, lines = {layer for _, layer in present}, {}
+    for parameter in lacking:
+        form = f"{np.dtype(parameter.dtype).name}{list(parameter.layer_shape)}"
+        for key in addresses_of(parameter):
+            if key not in present:
+                lines[key] = f": expected {form}, found nothing{mismatch.hint_of_address(*key, layers)}"
+    if not lines:
+        return []
+    keys = mismatch.collapsed(source.missing_keys())
+    stored = f" (stored they would be {', '.join(keys)})" if keys else ""
+    return [
+        f"{_count(lines, 'tensor')} of the model {'is' if len(lines) == 1 else 'are'} not in the checkpoint: "
+        f"{'; '.join(_grouped(lines))}{stored}. Check num_layers and the family, "
         "or set checkpoint_missing_param_policy to warn (zeros) or init (initial values)"
-    )
+    ]
 
 
-def _unexpected_text(unused: list[str]) -> str:
-    verb = "is" if len(unused) == 1 else "are"
-    return (
-        f"{_count(unused, 'tensor')} of the checkpoint {verb} not part of the model: {_listed(unused, ', ')}; "
-        "unexpected='warn' leaves them out"
-    )
+def _unexpected(source: Contents, unplaced: list[Address], unused: list[str], known: set[Address]) -> list[str]:
+    layers = {layer for _, layer in known}
+    lines = {
+        key: f": expected nothing, found {source.dtype(*key)}{list(source.shape(*key))}"
+        f"{mismatch.hint_of_address(*key, layers)}"
+        for key in unplaced
+    }
+    names = [*_grouped(lines), *mismatch.collapsed(unused)]
+    if not names:
+        return []
+    number = len(unplaced) + len(unused)
+    return [
+        f"{number} tensor{'s' if number > 1 else ''} of the checkpoint {'is' if number == 1 else 'are'} "
+        f"not part of the model: {'; '.join(names)}; unexpected='warn' leaves them out"
+    ]
 
 
 def _ignored_lines(keys: dict[str, str]) -> list[str]:
@@ -140,23 +153,29 @@ def _ignored_lines(keys: dict[str, str]) -> list[str]:
     ]
 
 
-def _by_path(addresses: set[Address]) -> list[str]:
-    layers: dict[str, list[int]] = {}
-    for path, layer in addresses:
-        layers.setdefault(path, []).extend([] if layer is None else [layer])
-    return [f"{path} (layers {', '.join(map(str, sorted(n)))})" if n else path for path, n in sorted(layers.items())]
+def _order(key: Address) -> tuple[str, int]:
+    path, layer = key
+    return path, -1 if layer is None else layer
 
 
-def _listed(lines: list[str], separator: str = "; ") -> str:
-    rest = len(lines) - _SHOWN
-    return separator.join(lines[:_SHOWN]) + (f"{separator}and {rest} more" if rest > 0 else "")
+def _grouped(lines: Mapping[Address, str]) -> list[str]:
+    """One line for the layers of which the same is to be said: every tensor is named, however many there are."""
+    layers: dict[tuple[str, str], list[int | None]] = {}
+    for (path, layer), text in lines.items():
+        layers.setdefault((path, text), []).append(layer)
+    return [
+        path
+        + (f" (layer{'s' if len(found) > 1 else ''} {mismatch.ranges(found)})" if found[0] is not None else "")
+        + text
+        for (path, text), found in layers.items()
+    ]
 
 
-def _count(lines: list[str], noun: str) -> str:
+def _count(lines: Sized, noun: str) -> str:
     return f"{len(lines)} {noun}{'s' if len(lines) != 1 else ''}"
 
 
-def _have(lines: list[str]) -> str:
+def _have(lines: Sized) -> str:
     return "has" if len(lines) == 1 else "have"
 
 
@@ -197,10 +216,14 @@ def _stack(source: Contents, parameter: Parameter, report: list[str]) -> np.ndar
     for row, (address, layer) in enumerate(addresses_of(parameter)):
         tensor = source.read(address, layer)
         assert tensor.shape == parameter.layer_shape, (address, layer, tensor.shape)
-        if row == 0:
-            _note_cast(tensor.dtype, parameter, report)
+        _note_cast(tensor.dtype, parameter, report)
         (value[row : row + 1] if parameter.stacked else value)[...] = tensor
     return value
+
+
+def _zeros(parameter: Parameter, mesh: Mesh | None) -> jax.Array:
+    sharding = meshes.weight_sharding(parameter.letters, parameter.shape, mesh) if mesh else None
+    return jnp.zeros(parameter.shape, parameter.dtype, device=sharding)
 
 
 def _fill(source: Contents, parameter: Parameter, value: jax.Array, present: set, mesh: Mesh | None) -> jax.Array:

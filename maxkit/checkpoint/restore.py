@@ -52,6 +52,7 @@ def restore_tree(
         UserError: structure, shapes or dtypes differ; lists every difference.
         DamagedCheckpoint: the arrays cannot be read, or their bytes are not those that were saved.
     """
+    assert initial is not None or missing != "init", "missing='init' needs initial="
     leaves = digest.named_leaves(target)
     notes = [] if notes is None else notes
     expected = {path: (tuple(np.shape(leaf)), dtype_name(leaf)) for path, leaf in leaves.items()}
@@ -61,18 +62,14 @@ def restore_tree(
     absent = {path for path in expected.keys() - found.keys() - random} if missing != "error" else set()
     extra = found.keys() - expected.keys() if unexpected == "warn" else set()
     made_up = random | absent
-    mismatch.check(
-        step_path,
-        {path: form for path, form in expected.items() if path not in made_up},
-        {path: form for path, form in found.items() if path not in extra},
-    )
+    mismatch.check(step_path, expected, found, made_up | extra)
     fill = "its initial value" if missing == "init" else "zeros"
     notes += [f"missing, filled with seed 0: {path}" for path in leaves if path in random]
     notes += [f"missing, filled with {fill}: {path}" for path in leaves if path in absent]
     notes += [f"not used: {path}" for path in sorted(extra)]
     present = {path: leaf for path, leaf in leaves.items() if path not in made_up}
     arrays = read_leaves(step_path, present, manifest, verify=verify)
-    first = digest.named_leaves(initial()) if absent and missing == "init" and initial is not None else {}
+    first = digest.named_leaves(initial()) if absent and missing == "init" else {}
     values = [
         arrays[path] if path in arrays else _made_up(leaf, first.get(path), random=path in random)
         for path, leaf in leaves.items()
@@ -93,11 +90,11 @@ def _made_up(leaf: Any, value: jax.Array | None, *, random: bool) -> jax.Array:
         return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
     assert random
     name = str(leaf.dtype).removeprefix("key<").removesuffix(">")
-    make = lambda: jax.random.split(  # noqa: E731
-        jax.random.key(0, impl=_KEY_KINDS.get(name, name)), math.prod(leaf.shape) or 1
-    ).reshape(leaf.shape)
-    if not leaf.shape:
-        make = lambda: jax.random.key(0, impl=_KEY_KINDS.get(name, name))  # noqa: E731
+
+    def make() -> jax.Array:
+        key = jax.random.key(0, impl=_KEY_KINDS.get(name, name))
+        return jax.random.split(key, math.prod(leaf.shape)).reshape(leaf.shape) if leaf.shape else key
+
     return jax.jit(make, out_shardings=sharding)() if sharding is not None else make()
 
 

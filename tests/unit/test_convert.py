@@ -250,13 +250,13 @@ def test_missing_and_extra_tensors_are_named(runs, tmp_path):
     tensors = load_file(source / "model.safetensors")
     extra = {**tensors, "model.surprise": np.zeros(3, np.float32)}
     save_file(extra, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="1 tensors are not part of the model: model.surprise; --unexpected warn"):
+    with pytest.raises(UserError, match="1 of its tensors not part of the model: model.surprise; --unexpected warn"):
         convert(source, tmp_path / "a", to="maxkit")
     done = convert(source, tmp_path / "a", to="maxkit", unexpected="warn")
     assert done.plan.notes == ("left out, not part of the model: model.surprise",)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="1 tensors that the model needs are not there: model.layers.1.mlp.up_proj"):
+    with pytest.raises(UserError, match="1 of the model's tensors not there: model.layers.1.mlp.up_proj"):
         convert(source, tmp_path / "b", to="maxkit")
 
 

@@ -9,7 +9,7 @@ from tiny_checkpoints import MODELS, POSITION, definition_of, record_of, save_ru
 from tiny_models import tiny, weights
 
 from maxkit import mesh as meshes
-from maxkit.checkpoint import digest
+from maxkit.checkpoint import digest, mismatch
 from maxkit.checkpoint.contents import TreeContents
 from maxkit.checkpoint.convert import convert
 from maxkit.checkpoint.load import read_params, source_dtype
@@ -51,10 +51,12 @@ def test_everything_that_does_not_fit_is_in_one_message():
         read(contents(broken, scan=False), cast=False)
     text = str(caught.value)
     for words in (
-        "1 parameter of the model is not in the checkpoint: layers/block_0/mlp_norm/scale: expected float32[3, 16]",
+        "1 tensor of the model is not in the checkpoint: layers/mlp_norm/scale (layer 2): expected float32[16], "
+        "found nothing -> model",
         "2 tensors of the checkpoint have another shape: embed/table: expected [48, 16], found [40, 16] -> vocab_size",
-        "layers/block_0/mlp/up/kernel (layer 1): expected [16, 24], found [16, 20] -> mlp_dim",
-        "1 tensor of the checkpoint is not part of the model: layers/attention/query/bias (layers 0)",
+        "layers/mlp/up/kernel (layer 1): expected [16, 24], found [16, 20] -> mlp_dim",
+        "1 tensor of the checkpoint is not part of the model: layers/attention/query/bias (layer 0): expected nothing, "
+        "found float32[4, 4] -> model",
         "final_norm/scale is stored as float64, which float32 does not hold: say which with dtype=",
     ):
         assert words in text, words
@@ -63,6 +65,38 @@ def test_everything_that_does_not_fit_is_in_one_message():
     with pytest.raises(UserError) as again:
         read(contents(broken, scan=False), cast=False)
     assert str(again.value) == text
+
+
+def test_of_many_problems_each_is_named_and_in_one_order():
+    """A model of 30 layers and other widths: 26 layers of 9 tensors missing, 3 of another shape, none left out."""
+    deep = ModelDefinition(tiny(num_layers=30, embed_dim=24, mlp_dim=20), Execution())
+    texts = set()
+    for scan in (True, False):
+        with pytest.raises(UserError) as caught:
+            read(contents(scan=scan), deep)
+        texts.add(str(caught.value))
+    (text,) = texts  # layouts that differ are no problem, and none is blamed on them
+    assert "243 tensors of the model are not in the checkpoint" in text and "and more" not in text
+    assert "layers/mlp/up/kernel (layers 3-29): expected float32[24, 20], found nothing -> num_layers" in text
+    assert "layers/mlp/up/kernel (layers 0-2): expected [24, 20], found [16, 24] -> embed_dim, mlp_dim" in text
+    assert "embed/table: expected [48, 24], found [48, 16] -> embed_dim" in text and "scan_layers" not in text
+    assert text.count(" -> ") == 9 + 12  # each name once, with its hint
+    fewer = ModelDefinition(tiny(num_layers=1), Execution())
+    with pytest.raises(UserError, match=r"mlp/up/kernel \(layers 1-2\): expected nothing, found .* -> num_layers"):
+        read(contents(), fewer)
+    tied = ModelDefinition(tiny(num_layers=3, tie_embeddings=True), Execution())
+    with pytest.raises(UserError, match=r"output/kernel: expected nothing, found float32\[48, 16\] -> tie_embeddings"):
+        read(contents(), tied)
+
+
+def test_foreign_names_are_collapsed_and_none_is_left_out():
+    names = [f"vision.layers.{n}.{part}.weight" for part in ("key", "query") for n in (*range(24), 30)]
+    assert mismatch.collapsed([*names, "vision.head", "a.2"]) == [
+        "vision.layers.{0-23, 30}.key.weight",
+        "vision.layers.{0-23, 30}.query.weight",
+        "vision.head",
+        "a.2",
+    ]
 
 
 @pytest.mark.parametrize("missing", ["warn", "init"])
@@ -95,6 +129,21 @@ def test_a_type_is_cast_only_when_asked_for():
     leaves, report = read(contents(), half, cast=True)
     assert {x.dtype for x in leaves.values()} == {jnp.dtype("bfloat16")} and report == ["cast from float32 to bfloat16"]
     assert read(contents(dtype="bfloat16"), cast=False)[1] == ["cast from bfloat16 to float32"]  # loses nothing
+
+
+def test_a_layer_of_another_type_is_not_cast_unasked():
+    """The type of a stack is not that of its first layer."""
+
+    def change(leaves):
+        leaves["layers/layer_1/mlp/up/kernel"] = leaves["layers/layer_1/mlp/up/kernel"].astype(np.float32)
+
+    half = ModelDefinition(MODELS["llama"], Execution(), None, "bfloat16")
+    with pytest.raises(
+        UserError, match=r"layers/mlp/up/kernel \(layer 1\) is stored as float32, which bfloat16 does not"
+    ):
+        read(contents(change, dtype="bfloat16", scan=False), half, cast=False)
+    _, report = read(contents(change, dtype="bfloat16", scan=False), half, cast=True)
+    assert report == ["cast from float32 to bfloat16"]
 
 
 def test_layouts_of_teacher_and_student_may_differ():
@@ -152,6 +201,55 @@ def test_a_missing_statistic_is_an_error_unless_a_policy_says_otherwise(run):
     begun = restore(folder, target, missing="init", unexpected="warn", initial=lambda: target)
     np.testing.assert_array_equal(begun.state.opt_state.nu["embed"]["table"], target.opt_state.nu["embed"]["table"])
     assert "missing, filled with its initial value: opt_state/count" in begun.notes
+
+
+@pytest.mark.parametrize("missing", ["error", "warn", "init"])
+@pytest.mark.parametrize("unexpected", ["error", "warn"])
+def test_every_policy_for_weights_and_statistics(run, missing, unexpected):
+    """What the policies allow is done and said, what they do not is listed, at once and in order."""
+    folder, _ = run
+    target = other_state()
+    expected, found = (set(digest.named_leaves(state)) for state in (target, run[1]))
+    absent, extra = expected - found, found - expected
+    assert {path.split("/")[0] for path in absent} == {"params", "opt_state"}
+    refused = sorted((absent if missing == "error" else set()) | (extra if unexpected == "error" else set()))
+    policies = {"missing": missing, "unexpected": unexpected, "initial": lambda: target}
+    if refused:
+        texts = []
+        for _ in range(2):
+            with pytest.raises(UserError) as caught:
+                restore(folder, target, **policies)
+            texts.append(str(caught.value))
+        assert texts[0] == texts[1] and "ShapeDtypeStruct" not in texts[0]
+        lines = [line.strip() for line in texts[0].splitlines()[1:]]
+        assert [line.partition(":")[0] for line in lines] == refused
+        assert all(" -> " in line for line in lines)
+        return
+    restored = restore(folder, target, **policies)
+    assert len(restored.notes) == len(absent) + len(extra)
+    leaves, begun = digest.named_leaves(restored.state), digest.named_leaves(target)
+    for path in absent:
+        wanted = np.asarray(begun[path]) if missing == "init" else np.zeros_like(begun[path])
+        np.testing.assert_array_equal(leaves[path], wanted, err_msg=path)
+
+
+@pytest.mark.parametrize("policies", [{}, {"missing": "warn"}, {"missing": "init", "unexpected": "warn"}])
+def test_a_statistic_of_another_type_or_shape_is_an_error_under_every_policy(run, policies):
+    folder, state = run
+
+    def other(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("mu/final_norm/scale"):
+            return leaf.astype(jnp.bfloat16)
+        return leaf[:-1] if name.endswith("nu/embed/table") else leaf
+
+    target = jax.tree_util.tree_map_with_path(other, state)
+    with pytest.raises(UserError) as caught:
+        restore(folder, target, **policies, initial=lambda: target)
+    assert str(caught.value).splitlines()[1:] == [
+        "  opt_state/0/mu/final_norm/scale: expected bfloat16[16], found float32[16] -> dtype of the weights",
+        "  opt_state/0/nu/embed/table: expected float32[47, 16], found float32[48, 16] -> vocab_size",
+    ]
 
 
 def test_a_shape_is_an_error_under_every_policy(run):
