@@ -404,9 +404,9 @@ def test_missing_parameters_follow_the_policy(finished):
     with pytest.raises(UserError) as caught:
         read("error")
     for words in (
-        "4 parameters",
+        "7 tensors",
         "output/kernel: expected float32[258, 16], found nothing -> tie_embeddings",
-        "attention/key/bias: expected float32[2, 1, 8], found nothing -> num_layers",
+        "attention/key/bias (layers 0-1): expected float32[1, 8], found nothing -> model",
         "_missing_param_policy",
     ):
         assert words in str(caught.value)
