@@ -78,7 +78,8 @@ def mesh():
 
 
 def first_state(lora=False):
-    params, base = definition(lora).split_trainable(weights(definition(lora)))
+    params = jax.device_put(weights(definition(lora)), definition(lora).shardings(mesh()))  # as a run has them
+    params, base = definition(lora).split_trainable(params)
     opt_state = optax.sgd(0.5).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, base, opt_state, jnp.zeros(2, jnp.uint32))
 
@@ -166,7 +167,7 @@ def test_all_prompts_are_asked_once_before_one_is_asked_again():
 
 def test_exact_resume_in_the_middle_without_a_second_compilation(tmp_path):
     how = {"epochs_per_rollout": 2, "batches_per_rollout": 2, "batch_size": 4, "beta": 0.1, "algorithm": "dr_grpo"}
-    reference = weights(definition())
+    reference = first_state().params
     policy = Policy(**RlConfig(**{**SIZES, **how}).policy_arguments())
     step = compile_train_step(definition(), policy, optax.sgd(0.5))
 
@@ -184,6 +185,7 @@ def test_exact_resume_in_the_middle_without_a_second_compilation(tmp_path):
         state, found = run(whole, first_state(), 2)
         compiled = engine._generate_batch._cache_size(), batches._batch_logps._cache_size()
         saved, kept = json.loads(json.dumps(whole.get_state())), jax.tree.map(np.array, state)
+        places = jax.tree.map(lambda x: x.sharding, state)
         state, later = run(whole, state, 5)
         found += later
         samples = (tmp_path / batches.SAMPLES).read_text(encoding="utf-8")
@@ -191,7 +193,7 @@ def test_exact_resume_in_the_middle_without_a_second_compilation(tmp_path):
         again = source(folder=tmp_path, reference=reference, **how)
         again.set_state(saved)
         assert len((tmp_path / batches.SAMPLES).read_text(encoding="utf-8").splitlines()) == 4  # of rollout 0
-        continued, repeated = run(again, jax.tree.map(jnp.asarray, kept), 5)
+        continued, repeated = run(again, jax.device_put(kept, places), 5)
     assert same([b for b, _ in repeated], [b for b, _ in later]) and same(continued, state)
     assert (tmp_path / batches.SAMPLES).read_text(encoding="utf-8") == samples
     assert again.get_state() == whole.get_state()
