@@ -46,8 +46,8 @@ def generalised(
 
         A_t = d_t + gamma lam A_{t+1},   d_t = r_t + gamma V_{t+1} - V_t,   returns = A + V
 
-    Schulman et al. 2015 (GAE), arXiv 1506.02438, equation 16. Tokens of mask 0 are passed over: behind the last token of
-    mask 1 the value is 0. Equal to Tunix 0.1.7 within 1e-6, before it whitens (`whiten`).
+    Schulman et al. 2015 (GAE), arXiv 1506.02438, equation 16. Tokens of mask 0 are passed over; behind the last token
+    of mask 1 the value is 0. Equal to Tunix 0.1.7 within 1e-6, before it whitens (`whiten`).
     """
     rewards, values, mask = (np.asarray(x, np.float64) for x in (rewards, values, mask))
     advantages, after, value_after = np.zeros_like(rewards), 0.0, 0.0
