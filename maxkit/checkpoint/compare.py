@@ -242,7 +242,8 @@ def _values(
 
 
 def _wide(part: np.ndarray) -> np.ndarray:
-    return part.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        return part.astype(np.float64)
 
 
 def _number(value: Any) -> Any:
