@@ -93,7 +93,10 @@ def is_symbolic_zero(x: Any) -> bool:
 
 def instantiate(cotangent: Any) -> jax.Array:
     """The cotangent as an array; zeros where the output was not used."""
-    return jnp.zeros(cotangent.shape, jnp.float32) if is_symbolic_zero(cotangent) else cotangent
+    if not is_symbolic_zero(cotangent):
+        return cotangent
+    # In the layout of the output it belongs to: under an Explicit mesh that is part of the type.
+    return mesh.zeros(cotangent.shape, jnp.float32, "BT"[: len(cotangent.shape)])
 
 
 def project(h: jax.Array, table: jax.Array) -> jax.Array:
