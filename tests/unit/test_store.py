@@ -3,10 +3,12 @@
 fit.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import grain
 import jax
@@ -15,7 +17,9 @@ import numpy as np
 import optax
 import pytest
 
+from maxkit import mesh as meshes
 from maxkit.checkpoint import digest, manifest, restore
+from maxkit.checkpoint.arrays import ArrayReader
 from maxkit.checkpoint.store import CheckpointStore, RunRecord, set_iterator_state
 from maxkit.errors import UserError
 from maxkit.types import TrainState
@@ -344,17 +348,6 @@ with CheckpointStore(sys.argv[1]) as store:
 print("equal")
 """
 
-ONE_DEVICE = """
-import sys, jax
-exec(sys.argv[2].split("state = host_state()")[0])
-state = host_state()
-store = CheckpointStore(sys.argv[1], read_only=True)
-assert jax.device_count() == 1
-found = store.restore(0, jax.eval_shape(lambda: state)).state
-assert digest.digest_tree(found) == digest.digest_tree(state)
-print("equal")
-"""
-
 
 def run_script(code, *arguments, devices):
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
@@ -365,5 +358,49 @@ def run_script(code, *arguments, devices):
 def test_saved_on_eight_devices_restored_on_any_mesh(tmp_path):
     run = run_script(MESHES, tmp_path, devices=8)
     assert run.stdout.strip() == "equal", run.stderr[-3000:]
-    run = run_script(ONE_DEVICE, tmp_path, MESHES, devices=1)
-    assert run.stdout.strip() == "equal", run.stderr[-3000:]
+
+
+EXERCISER = Path(__file__).parents[2] / "benchmarks" / "checkpoint.py"
+
+
+def exerciser():
+    description = importlib.util.spec_from_file_location("benchmark_of_checkpoints", EXERCISER)
+    module = importlib.util.module_from_spec(description)
+    description.loader.exec_module(module)
+    return module
+
+
+def test_every_number_is_known_after_resharding(tmp_path):
+    """Saved on 8 devices; restored in processes with 1, 2 and 4, and compared with a formula, bit by bit."""
+    command = [sys.executable, EXERCISER, "--reshard", "--layers=2", "--embed=64", f"--folder={tmp_path}"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout)
+    assert found["wrong"] == [] and found["saved"]["fsdp:4,tensor:2"]["divided"] > 20
+    divided = {mesh: result["divided"] for mesh, result in found["restored"].items()}
+    assert len(divided) == 6 and divided.pop("one device") == 0 and min(divided.values()) > 10
+
+
+def test_the_exerciser_measures_and_finds_a_wrong_number(tmp_path):
+    module = exerciser()
+    arguments = module.parse(["--layers=2", "--embed=32", "--repeats=1", "--optimizer=adam_pax", "--mesh=fsdp:1"])
+    found = module.measure(arguments, tmp_path / "a")
+    assert found["wrong"] == [] and found["parameters"] * 12 < found["bytes"] < found["parameters"] * 12 + 50
+    mesh = meshes.make_mesh()
+    state = module.known_state(module.abstract_state(module.definition_of(2, 32), "adamw", mesh), mesh)
+    assert module.wrong_leaves(state) == []
+    state.opt_state[0].nu["embed"]["table"] = state.opt_state[0].nu["embed"]["table"].at[5, 7].add(2**-24)
+    assert module.wrong_leaves(state) == ["opt_state/0/nu/embed/table"]
+
+
+def test_an_array_with_large_rows_is_stored_row_by_row(tmp_path):
+    """So that a layer can be read without the others; all else is one chunk, as it always was."""
+    stack = jnp.arange(3 * 256 * 256, dtype=jnp.float32).reshape(3, 256, 256)
+    state = TrainState(jnp.int32(0), {"stack": stack, "half": stack.astype(jnp.bfloat16)}, {}, (), jax.random.key(0))
+    with CheckpointStore(tmp_path) as store:
+        store.save(0, state, RECORD)
+        assert digest.digest_tree(store.restore(0, abstract(state)).state) == digest.digest_tree(state)
+    reader = ArrayReader(tmp_path / "0" / "state")
+    assert reader.by_rows("params/stack", stack.shape, np.dtype(np.float32))
+    assert not reader.by_rows("params/half", stack.shape, jnp.dtype(jnp.bfloat16))
+    np.testing.assert_array_equal(reader.read("params/stack", stack.shape, np.dtype(np.float32), 1), stack[1])
