@@ -7,12 +7,13 @@ completions.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from jax.sharding import Mesh
 
 from maxkit.infer.engine import Completions, Engine
 from maxkit.models.definition import ModelDefinition
+from maxkit.rl.config import RlConfig
 from maxkit.types import Tree
 
 
@@ -67,6 +68,18 @@ class EngineRollout:
             batch_size=batch_size,
             cache_size=max_prompt_length + max_new_tokens,
             prompt_size=max_prompt_length,
+            eos_ids=eos_ids,
+            mesh=mesh,
+        )
+
+    @classmethod
+    def of(cls, cfg: RlConfig, definition: ModelDefinition, eos_ids: Sequence[int], mesh: Mesh | None = None) -> Self:
+        """The rollout that a config asks for."""
+        return cls(
+            definition,
+            batch_size=cfg.rollout_batch_size or cfg.batch_size,
+            max_prompt_length=cfg.prompt_limit,
+            max_new_tokens=cfg.max_new_tokens,
             eos_ids=eos_ids,
             mesh=mesh,
         )

@@ -3,6 +3,10 @@
 
 import functools
 import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +40,7 @@ SIZES = {
     "num_generations": 4,
     "batch_size": 8,
     "num_vocab_tiling": 1,
+    "rollout_batch_size": 8,
     "temperature": 0.8,
     "rewards": f"{HERE}:parity",
 }
@@ -86,9 +91,7 @@ def first_state(lora=False):
 
 def source(folder=None, lora=False, reference=None, **changes):
     cfg = RlConfig(**{**SIZES, **changes})
-    rollout = EngineRollout(
-        definition(lora), batch_size=8, max_prompt_length=8, max_new_tokens=8, eos_ids=[5, 77, 200], mesh=mesh()
-    )
+    rollout = EngineRollout.of(cfg, definition(lora), [5, 77, 200], mesh())
     answerer = Answerer(cfg, rollout, tokenizer())
     place = Placer(mesh())
     return RolloutBatches(answerer, prompts(), definition(lora), place, mesh=mesh(), reference=reference, folder=folder)
@@ -223,6 +226,23 @@ def test_the_reference_of_a_model_with_adapters_is_itself_without_them():
 def _bare(batch):
     fields = {name: getattr(batch, name) for name in batches.FIELDS}
     return type(batch)(**fields)
+
+
+def test_two_processes_of_four_devices_do_what_one_device_does():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    script = [sys.executable, str(Path(__file__).with_name("rl_on_mesh.py"))]
+    commands = [["1", ""], *(["4", "fsdp:4,tensor:2", process, "2", port] for process in "01")]
+    running = [subprocess.Popen([*script, *command], stdout=subprocess.PIPE, text=True) for command in commands]
+    try:
+        one, *two = (json.loads(process.communicate(timeout=540)[0].splitlines()[-1]) for process in running)
+    finally:
+        for process in running:
+            process.kill()
+    assert two[0] == two[1] and two[0]["tokens"] == one["tokens"]
+    for found, expected in zip(two[0]["updates"], one["updates"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=2e-6)
 
 
 # ------------------------------------------------------------ groups that teach nothing, answers that do not count
