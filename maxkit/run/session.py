@@ -34,12 +34,14 @@ from maxkit.data.loader import Rows, eval_batches
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.errors import Stopped, UserError
 from maxkit.eval import Result, Task, evaluate
+from maxkit.formats.restated import differences
 from maxkit.infer.generate import generate
+from maxkit.models.config import ModelConfig
 from maxkit.models.definition import ModelDefinition
 from maxkit.optim import learning_rate_at
 from maxkit.run import cards
 from maxkit.run.batches import Placer
-from maxkit.run.tasks import TASKS
+from maxkit.run.tasks import TASKS, Evaluation
 from maxkit.train.loop import BatchSource, Every, StopRequest, train_loop
 from maxkit.train.metrics import MetricsWriter, model_flops_per_token, peak_memory, read_metrics, throughput
 from maxkit.train.step import compile_train_step, eval_step, total_weights
@@ -65,24 +67,6 @@ def start(cfg: RecipeConfig) -> "Run":
         UserError: anything that would make the run fail later and can be known now.
     """
     return Run(cfg)
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What the held-out examples say: metrics by name, over `count` trained tokens or generated answers."""
-
-    metrics: dict[str, float]
-    count: int
-
-    @property
-    def loss(self) -> float:
-        """The mean loss: nats per trained token for next-token prediction, else the objective's own."""
-        return self.metrics["loss"]
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +102,8 @@ class Run:
             stored = previous.scan_layers if previous else None
             self.blueprint = build.blueprint(cfg, stored, self.folder)
             self.definition: ModelDefinition = self.blueprint.definition
+            if previous is not None:
+                _check_same_model(previous.model, self.definition.config, self.folder)
             build.check_mesh(cfg, self.definition, self.mesh)
         except BaseException:
             self.store.close()
@@ -237,7 +223,12 @@ class Run:
             initial=lambda: self._first_state(self.initial_params()),
         )
         self.report += found.notes
-        if found.manifest.data != self.task.digest(self):
+        if found.manifest.data is None:
+            self.report.append(
+                "data: from the beginning, for the checkpoint was converted and has no position; weights, optimizer and "
+                f"counters go on from update {self.resumed_from}"
+            )
+        elif found.manifest.data != self.task.digest(self):
             raise UserError(
                 f"{cards.display_path(self.folder)}: the data set gives other rows than when the run began; "
                 "restore the data, or give a new run_dir"
@@ -526,6 +517,23 @@ def _check_same_run(cfg: RecipeConfig, before: dict[str, Any], folder: Path) -> 
         raise UserError(
             f"run_dir={cards.display_path(folder)} holds a run with other settings ({'; '.join(differing)}): "
             "give another run_dir, or the settings it was made with"
+        )
+
+
+def _check_same_model(recorded: dict[str, Any], config: ModelConfig, folder: Path) -> None:
+    """Refuse to go on with another model than the folder's: a converted one may say the same in other weights.
+
+    Raises:
+        UserError: names what differs.
+    """
+    if not recorded:
+        return
+    stored = ModelConfig.model_validate({name: value for name, value in recorded.items() if name != "lora"})
+    differing = differences(stored, config)
+    if differing:
+        raise UserError(
+            f"run_dir={cards.display_path(folder)} holds a checkpoint of another model ({'; '.join(differing)}): "
+            f"model={cards.display_path(folder)} goes on with the one that it records"
         )
 
 

@@ -11,22 +11,50 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+import jax
+import jax.numpy as jnp
+
 from maxkit import build
 from maxkit.checkpoint import load
-from maxkit.config import Distill, Dpo, Pretrain, RecipeConfig, Sft
+from maxkit.config import Distill, Dpo, Grpo, Pretrain, RecipeConfig, Sft
 from maxkit.data.build import ChatData, PreferenceData, TextData, chat_rows, preference_rows, text_rows
+from maxkit.data.report import RowReport
 from maxkit.data.tokenizer import Tokenizer
 from maxkit.errors import UserError
+from maxkit.rl.answers import Answerer
+from maxkit.rl.answers import evaluate as evaluate_answers
+from maxkit.rl.batches import RolloutBatches
+from maxkit.rl.prompts import Prompt, Prompts, load_prompts
+from maxkit.rl.rollout import EngineRollout
 from maxkit.run.batches import RowBatches
 from maxkit.run.columns import kept_columns, reference_logps, rows_digest, teacher_columns
 from maxkit.train.loop import BatchSource
 from maxkit.types import Tree
 
 if TYPE_CHECKING:
-    from maxkit.run.session import Evaluation, Run
+    from maxkit.run.session import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What the held-out examples say: metrics by name, over `count` trained tokens or generated answers."""
+
+    metrics: dict[str, float]
+    count: int
+
+    @property
+    def loss(self) -> float:
+        """The mean loss: nats per trained token for next-token prediction, else the objective's own."""
+        return self.metrics["loss"]
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
 
 
 class Task(Protocol):
@@ -46,7 +74,7 @@ class Task(Protocol):
     def digest(self, run: "Run") -> str:
         """Of the examples: a continued run refuses others."""
 
-    def evaluate(self, run: "Run", params: Tree) -> "Evaluation":
+    def evaluate(self, run: "Run", params: Tree) -> Evaluation:
         """What the held-out examples say of `params`."""
 
 
@@ -73,7 +101,7 @@ class NextTokenTask:
         """Of the training rows."""
         return rows_digest(run.data.train)
 
-    def evaluate(self, run: "Run", params: Tree) -> "Evaluation":
+    def evaluate(self, run: "Run", params: Tree) -> Evaluation:
         """Mean negative log-likelihood of the held-out rows, in nats per trained token."""
         found = run.evaluate_rows(run.data.held_out, params)
         metrics = dict(found.metrics)
@@ -140,7 +168,7 @@ class PreferenceTask:
         """Of the tokens of the training pairs."""
         return rows_digest(run.data.train)
 
-    def evaluate(self, run: "Run", params: Tree) -> "Evaluation":
+    def evaluate(self, run: "Run", params: Tree) -> Evaluation:
         """Loss, margins and accuracy on the held-out pairs."""
         return run.evaluate_rows(run.data.held_out, params)
 
@@ -176,14 +204,85 @@ class DistillTask:
         """Of the tokens of the training rows."""
         return rows_digest(run.data.train)
 
-    def evaluate(self, run: "Run", params: Tree) -> "Evaluation":
+    def evaluate(self, run: "Run", params: Tree) -> Evaluation:
         """Divergence from the teacher and likelihood on the held-out rows."""
         return run.evaluate_rows(run.data.held_out, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutData:
+    """Prompts to train on and to test with, and what answers and judges them."""
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    report: RowReport
+    answerer: Answerer
+
+
+class PolicyTask:
+    """Prompts that the model answers itself; the evaluation answers held-out prompts greedily."""
+
+    headline = "reward"
+
+    def load_data(self, run: "Run") -> tuple[RolloutData, Tokenizer]:
+        """Read and encode the prompts; check rewards and lengths."""
+        cfg, source = run.cfg, run.blueprint.source
+        assert isinstance(cfg, Grpo)
+        tokenizer = needed(run, source.tokenizer() if source is not None else None)
+        prompts = load_prompts(
+            cfg.dataset,
+            tokenizer,
+            max_prompt_length=cfg.prompt_limit,
+            seed=cfg.seed,
+            holdout_fraction=cfg.holdout_fraction,
+            prompt_format=cfg.prompt_format,
+            deduplicate=cfg.deduplicate,
+        )
+        rollout = EngineRollout(
+            run.definition,
+            batch_size=cfg.rollout_batch_size or cfg.batch_size,
+            max_prompt_length=cfg.prompt_limit,
+            max_new_tokens=cfg.max_new_tokens,
+            eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+            mesh=run.mesh,
+        )
+        answerer = Answerer(cfg, rollout, tokenizer)
+        return RolloutData(prompts.train, prompts.held_out, prompts.report, answerer), tokenizer
+
+    def prepare(self, run: "Run") -> None:
+        """Nothing: the reference is made with the source."""
+
+    def source(self, run: "Run") -> BatchSource:
+        """Rollouts; with `beta`, full weights keep a copy of the first ones as the reference."""
+        data, reference = run.data, None
+        assert isinstance(run.cfg, Grpo)
+        if run.cfg.beta and run.definition.lora is None:
+            # The step donates the state's arrays, so the reference needs its own.
+            reference = run.initial_params() if run.steps_done else jax.tree.map(jnp.copy, run.params)
+        return RolloutBatches(
+            data.answerer,
+            data.train,
+            run.definition,
+            run.place,
+            mesh=run.mesh,
+            reference=reference,
+            folder=run.folder,
+        )
+
+    def digest(self, run: "Run") -> str:
+        """Of the training prompts."""
+        return Prompts(run.data.train, run.data.held_out, run.data.report).digest()
+
+    def evaluate(self, run: "Run", params: Tree) -> Evaluation:
+        """Rewards and lengths of one greedy answer to each held-out prompt."""
+        metrics, answers = evaluate_answers(run.data.answerer, params, run.data.held_out)
+        return Evaluation(metrics, len(answers.answered))
 
 
 TASKS: dict[type[RecipeConfig], Task] = {
     Pretrain: NextTokenTask(read_text),
     Sft: NextTokenTask(read_chat),
     Dpo: PreferenceTask(),
+    Grpo: PolicyTask(),
     Distill: DistillTask(),
 }
