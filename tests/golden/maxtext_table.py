@@ -32,6 +32,9 @@ SAME = (  # pairs that hold the same weights, and the steps of rounding between 
     ("linen_unscanned_024", "nnxnative_unscanned_integer", 0.0),
     ("paramonly_linen_scanned_024", "paramonly_linen_unrolled_024", 0.0),
     ("paramonly_nnx_scanned_025", "paramonly_nnx_unrolled_025", 0.0),
+    ("nnx_scanned_024", "nnx_scanned_025", 0.0),  # two releases, one seed
+    ("nnx_scanned_024", "paramonly_nnx_scanned_025", 2**-8),
+    ("nnx_scanned_024", "paramonly_nnx_unrolled_025", 2**-8),
     ("linen_scanned_024", "paramonly_linen_scanned_024", 2**-8),
     ("linen_scanned_024", "paramonly_linen_unrolled_024", 2**-8),
     ("nnxnative_scanned", "paramonly_linen_scanned_024", 2**-8),

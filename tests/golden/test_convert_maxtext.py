@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import train, write_corpus
 
 from maxkit.checkpoint.compare import compare, compare_contents
 from maxkit.checkpoint.contents import StoreContents
@@ -153,3 +154,21 @@ def test_saved_for_maxtext(tmp_path, format):
     metadata = json.loads((tmp_path / "saved" / "0" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     assert metadata["scan_layers"] is True
     assert load(tmp_path / "saved").definition.execution.scan_layers is True
+
+
+def test_a_run_goes_on_from_state_that_maxtext_keeps(tmp_path):
+    """Two updates, to MaxText's form and back, two more: all is there but the position in the data, which is said."""
+    corpus = write_corpus(tmp_path / "corpus.txt")
+    train(tmp_path / "first", corpus, steps=2).finish()
+    theirs = convert(tmp_path / "first", tmp_path / "theirs", to="maxtext-linen")
+    folder = convert(theirs.path, tmp_path / "ours", to="maxkit").path
+    # MaxText keeps the factor of attention in the queries' kernel: a config without it is another model.
+    with pytest.raises(
+        UserError, match="holds a checkpoint of another model .attention_scale: 1.0, and None.*: model="
+    ):
+        train(folder, corpus)
+    again = train(folder, corpus, model=str(folder))
+    assert (again.resumed_from, again.steps_done, int(again.state.opt_state[0].count)) == (2, 4, 4)
+    (line,) = [line for line in again.report if line.startswith("data: from the beginning")]
+    assert line.endswith("go on from update 2")
+    again.finish()

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from golden import families
 from golden.test_maxtext_families import OTHERS
+from tiny_models import weights
 
 from maxkit.checkpoint import load
 from maxkit.checkpoint.contents import Plain, TreeContents
@@ -53,7 +54,7 @@ def put(folder: Path, contents, scan_layers: bool) -> None:
 def in_memory(name: str) -> TreeContents:
     """Random weights of a model."""
     definition = ModelDefinition(OTHERS[name], Execution())
-    params = {path: np.asarray(x) for path, x in definition.flat(definition.init(3)).items()}
+    params = {path: np.asarray(x) for path, x in definition.flat(weights(definition, 3)).items()}
     return TreeContents(OTHERS[name], params, scan_layers=True)
 
 
