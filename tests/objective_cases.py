@@ -24,12 +24,13 @@ TEACHER = ModelDefinition(
 # name: (objective, the columns its batch has)
 OBJECTIVES = {
     "dpo": (Preference("sigmoid", 0.3, 0.1, nll_weight=0.5, num_tiles=3), ("ref_logps",)),
-    "ipo": (Preference("ipo", 0.3, num_tiles=3), ("ref_logps",)),
     "orpo": (Preference("orpo", 0.3, num_tiles=3), ()),
     "grpo": (Policy("sequence_mean", beta=0.04, num_tiles=3), ("advantages", "old_logps", "ref_logps")),
     "dapo": (Policy("token_mean", epsilon_high=0.28, dual_clip=3.0, temperature=0.7, num_tiles=3), ("advantages",)),
-    "dr_grpo": (Policy("sequence_scale", max_tokens=16, num_tiles=3), ("advantages", "old_logps")),
-    "gspo": (Policy("sequence_sum", "sequence", 0.02, 0.03, num_tiles=3), ("advantages", "old_logps")),
+    "gspo": (
+        Policy("sequence_scale", "sequence", 0.02, 0.03, max_tokens=16, num_tiles=3),
+        ("advantages", "old_logps"),
+    ),
     "distill": (Distill(TEACHER, "jensen_shannon", 2.0, 0.3, num_tiles=3), ()),
     "distill/top_k": (Distill(None, "forward", num_tiles=3), ("teacher_ids", "teacher_logps")),
 }
@@ -64,9 +65,16 @@ def _logps(definition, params, batch):
     return token_logps(model, batch.tokens, batch.targets, segment_ids=batch.segment_ids, positions=batch.positions)
 
 
+@jax.jit
+def _best(params, batch):
+    logits, _ = TEACHER.merge(params)(batch.tokens, batch.positions, segment_ids=batch.segment_ids)
+    found, ids = jax.lax.top_k(jax.nn.log_softmax(logits), TOP_K)
+    return ids, found
+
+
 def logps(batch, definition=STUDENT):
     """[B, T] of the targets, 0 outside the mask."""
-    return batch.loss_mask * _logps(definition, weights(definition), batch)
+    return np.asarray(batch.loss_mask) * np.asarray(_logps(definition, weights(definition), batch))
 
 
 def with_columns(batch, names):
@@ -75,17 +83,16 @@ def with_columns(batch, names):
     noise = {"ref_logps": 0.5, "old_logps": 0.2}
     for name in names:
         if name in noise:
-            shift = jnp.asarray(draw.normal(size=batch.loss_mask.shape) * noise[name], jnp.float32)
-            columns[name] = logps(batch) + batch.loss_mask * shift
+            shift = noise[name] * draw.normal(size=batch.loss_mask.shape) * np.asarray(batch.loss_mask)
+            columns[name] = jnp.asarray(logps(batch) + shift, jnp.float32)
         elif name == "advantages":
             columns[name] = batch.columns[name]
         elif name == "teacher_ids":
-            model = TEACHER.merge(weights(TEACHER))
-            logits, _ = jax.jit(lambda m=model: m(batch.tokens, batch.positions, segment_ids=batch.segment_ids))()
-            columns["teacher_logps"], columns[name] = jax.lax.top_k(jax.nn.log_softmax(logits), TOP_K)
+            columns[name], columns["teacher_logps"] = _best(weights(TEACHER), batch)
     return Batch(**{**vars(batch), "columns": columns})
 
 
+@functools.cache
 def case(name):
     """(objective, batch, frozen)."""
     objective, columns = OBJECTIVES[name]
