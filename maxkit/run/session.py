@@ -225,8 +225,8 @@ class Run:
         self.report += found.notes
         if found.manifest.data is None:
             self.report.append(
-                "data: from the beginning, for the checkpoint was converted and has no position; weights, optimizer and "
-                f"counters go on from update {self.resumed_from}"
+                "data: from the beginning, for the checkpoint was converted and has no position; everything else goes "
+                f"on from update {self.resumed_from}"
             )
         elif found.manifest.data != self.task.digest(self):
             raise UserError(

@@ -170,5 +170,5 @@ def test_a_run_goes_on_from_state_that_maxtext_keeps(tmp_path):
     again = train(folder, corpus, model=str(folder))
     assert (again.resumed_from, again.steps_done, int(again.state.opt_state[0].count)) == (2, 4, 4)
     (line,) = [line for line in again.report if line.startswith("data: from the beginning")]
-    assert line.endswith("go on from update 2")
+    assert line.endswith("goes on from update 2")
     again.finish()
