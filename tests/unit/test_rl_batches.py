@@ -297,7 +297,7 @@ def test_answers_on_which_a_reward_fails_are_left_out_and_counted(tmp_path):
 
 
 def test_evaluation_is_repeatable_and_does_not_touch_the_training():
-    a, params = source(), weights(definition())
+    a, params = source(), first_state().params
     metrics, answers = evaluate(a._answerer, params, prompts()[:5])
     again, _ = evaluate(a._answerer, params, prompts()[:5])
     assert metrics == again and len(answers.answered) == 5
