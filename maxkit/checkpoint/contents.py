@@ -181,7 +181,7 @@ class StoreContents:
             while self._held and sum(x.nbytes for x in self._held.values()) + self._num_bytes(stored.leaf) > self._room:
                 del self._held[next(iter(self._held))]  # before the next is read
             self._held[stored.leaf] = self.read_leaf(stored.leaf)
-        return self._held[stored.leaf][stored.row]
+        return self._held[stored.leaf][stored.row].copy()  # a view would keep the stack in memory
 
     def missing_keys(self) -> list[str]:
         """Nothing is under a foreign name; `addresses` says what is there."""
