@@ -138,7 +138,7 @@ def _draw_arrays(axes: Axes, arrays: dict[str, tuple[int, ...]], num_layers: int
             dark = layer > 0.7 * num_layers
             axes.add_patch(Rectangle((left, y + 0.1), 0.95, 0.8, facecolor=colours[layer], edgecolor=INK, lw=0.8))
             ink = "white" if dark else INK
-            axes.text(left + 0.475, y + 0.52, layer, ha="center", va="center", fontsize=8, color=ink)
+            axes.text(left + 0.475, y + 0.52, str(layer), ha="center", va="center", fontsize=8, color=ink)
         axes.text(10.5, y + 0.52, path, ha="right", va="center", family="monospace", fontsize=7.4)
     axes.set_xlim(-0.4, 10.8 + 0.95 * max(4, max(map(len, arrays.values()))) + 0.1)
     axes.set_ylim(rows, 0)
