@@ -60,8 +60,8 @@ def continuation_logps(
     Rows are sorted by length and padded on the right to one of few widths (16, 24, 32, 48, 64, ...): one compiled
     program for each. `mesh` is set around the calls; None leaves the one in force.
 
-    Checked against transformers 5.23.0 on SmolLM2-135M in float32, each option alone: sums over an option's tokens within
-    5e-4 (tests/golden/test_eval_smollm2.py).
+    Checked against transformers 5.23.0 on SmolLM2-135M in float32, each option alone: the sums over an option's tokens
+    agree within 5e-4 (tests/golden/test_eval_smollm2.py).
 
     Raises:
         UserError: an empty context or option, more tokens than the model allows, an id outside the vocabulary.

@@ -148,3 +148,22 @@ def test_convert_proves_what_it_wrote_and_fails_where_it_is_wrong(tmp_path):
     assert done.returncode != 0 and "differences is 1, expected 0" in last
     assert "tensors that came back with other bytes is 1, expected 0" in last
     assert not all(check["passed"] for check in report(tmp_path / "run")["checks"])
+
+
+def test_eval_measures_what_it_is_told(tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(
+        json.dumps({"question": "Grass is", "options": ["green", "made of iron"], "answer": "green"}) + "\n"
+    )
+    tasks = f"piqa,choice:{mine},pydoc"
+    done = papermill("eval", tmp_path / "run", tasks=tasks, limit=2, seq_len=16, scan_layers="false")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = report(tmp_path / "run")
+    assert found["parameters"]["tasks"] == tasks.split(",") and found["explicit"]["tasks"] == "papermill"
+    assert found["environment"]["scan_layers"] is False
+    assert (found["metrics"]["piqa/items"], found["metrics"][f"choice:{mine}/acc_norm"]) == (2, 1.0)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "items.jsonl").read_text().splitlines()]
+    assert [line["task"] for line in lines] == ["piqa", "piqa", f"choice:{mine}", "pydoc", "pydoc"]
+    assert {check["name"] for check in found["checks"]} == {"tasks measured", "items in the smallest task"}
+    done = papermill("eval", tmp_path / "other", tasks="pica")
+    assert done.returncode != 0 and "did you mean 'piqa'?" in done.stderr.strip().splitlines()[-1]
