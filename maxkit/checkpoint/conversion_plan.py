@@ -334,10 +334,11 @@ def _plan_maxtext(
     block = maxtext_facts.decoder_block(settings)
     schemes = containers.schemes(block, config, containers.cycle_of(block, settings))
     scheme = schemes["scanned" if scan_layers else "unrolled"]
+    there = {slot: set(merged.addresses(slot)) for slot in slots}
     found: dict[tuple[str, str], list[tuple[Tensor, Any]]] = {}
     for (path, layer), place in make_places(block, config, scheme).items():
         for slot in slots:
-            if (path, layer) in set(merged.addresses(slot)):
+            if (path, layer) in there[slot]:
                 found.setdefault((slot, place.tree), []).append((Tensor(slot, path, layer), place))
     leaves = []
     for (slot, tree), members in found.items():
@@ -346,10 +347,12 @@ def _plan_maxtext(
         wanted = cast_to(stored, dtype if slot == WEIGHTS else None)
         steps = [f"stack {math.prod(place.lengths)} layers"] if place.rows else []
         steps += [*stated.rewritten.get(first.path, ()), *([f"cast {stored} to {wanted}"] if stored != wanted else [])]
+        axes = place.rearrangement
+        same = ["as it is" if axes.foreign == axes.canonical else "rearrange the axes"]
         name = f"params/params/{tree}" if slot == WEIGHTS else f"{slot}/{tree}"
         tensors = tuple(tensor for tensor, _ in members)
         shape = place.stored_shape(axis)
-        leaves.append(Planned(name, shape, wanted, tensors, False, ", ".join(steps) or "rearrange the axes"))
+        leaves.append(Planned(name, shape, wanted, tensors, False, ", ".join(steps or same)))
     if contents.tokenizer() is not None:
         notes = [*notes, "left out: the tokenizer, which MaxText keeps elsewhere"]
     notes = notes + [f"rewritten: {names} in {path}" for path, names in _rewritten(stated).items()]
@@ -371,4 +374,3 @@ def stated_for_hf(contents: Contents) -> Any:
 def _rewritten(contents: Any) -> dict[str, str]:
     """{path: what is done} of tensors whose values change by more than a cast."""
     return {path: ", ".join(names) for path, names in getattr(contents, "rewritten", {}).items()}
-
