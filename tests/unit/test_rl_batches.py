@@ -299,11 +299,17 @@ def test_answers_on_which_a_reward_fails_are_left_out_and_counted(tmp_path):
 def test_evaluation_is_repeatable_and_does_not_touch_the_training():
     a, params = source(), first_state().params
     metrics, answers = evaluate(a._answerer, params, prompts()[:5])
+    compiled = engine._generate_batch._cache_size()
     again, _ = evaluate(a._answerer, params, prompts()[:5])
     assert metrics == again and len(answers.answered) == 5
+    evaluate(a._answerer, params, prompts()[:11])  # another number of prompts is the same program
+    assert engine._generate_batch._cache_size() == compiled
     assert same(a.next(first_state())[0], source().next(first_state())[0])
 
 
 def test_what_cannot_work_is_refused_before_anything_is_generated():
     with pytest.raises(UserError, match="arithmetic row 1: the reward reasoning_gym needs entry"):
         source(rewards="reasoning_gym")
+    long = prompts()[0]._replace(ids=[1] * 9)
+    with pytest.raises(UserError, match="prompt 0 has 9 tokens; this engine reads 8"):
+        evaluate(source()._answerer, first_state().params, [long])
