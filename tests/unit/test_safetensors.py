@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maxkit.errors import UserError
+from maxkit.formats.mapped import MappedFile
 from maxkit.formats.safetensors import SafetensorsFile, SafetensorsWriter
 
 
@@ -146,3 +147,13 @@ def test_a_tensor_is_written_part_by_part(tmp_path):
     file = SafetensorsFile(tmp_path / "a")
     np.testing.assert_array_equal(file.read("x"), [[1, 1, 1], [2, 2, 2]])
     np.testing.assert_array_equal(file.read("y"), np.arange(4))
+
+
+def test_a_view_is_right_after_its_pages_were_let_go(tmp_path):
+    numbers = np.arange(3 << 16, dtype=np.float32)
+    (tmp_path / "file").write_bytes(numbers.tobytes())
+    file = MappedFile(tmp_path / "file")
+    views = [file.view(numbers.dtype, start * 4, 1 << 16) for start in (0, 1 << 16, 5)]
+    for view, start in zip(views, (0, 1 << 16, 5), strict=True):
+        np.testing.assert_array_equal(view, numbers[start : start + (1 << 16)])
+    assert not views[0].flags.writeable
