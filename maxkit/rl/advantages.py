@@ -50,7 +50,8 @@ def generalised(
     of mask 1 the value is 0. Equal to Tunix 0.1.7 within 1e-6, before it whitens (`whiten`).
     """
     rewards, values, mask = (np.asarray(x, np.float64) for x in (rewards, values, mask))
-    advantages, after, value_after = np.zeros_like(rewards), 0.0, 0.0
+    advantages = np.zeros_like(rewards)
+    after, value_after = np.zeros(len(rewards)), np.zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
         found = rewards[:, t] + gamma * value_after - values[:, t] + gamma * lam * after
         there = mask[:, t] > 0

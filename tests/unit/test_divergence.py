@@ -41,8 +41,8 @@ def inputs():
     head, their_head = draw.normal(size=(V, D)), draw.normal(size=(V, WIDER)) * 0.5
     targets, mask = draw.integers(0, V, (B, T)), np.ones((B, T))
     mask[0, 2], mask[1, 4:] = 0, 0
-    floats = [jnp.asarray(x, jnp.float32) for x in (hidden, head, theirs, their_head)]
-    return *floats, jnp.asarray(targets, jnp.int32), jnp.asarray(mask, jnp.float32)
+    floats = [x.astype(np.float32) for x in (hidden, head, theirs, their_head, mask)]
+    return *floats[:4], targets.astype(np.int32), floats[4]
 
 
 def probabilities():
@@ -56,7 +56,7 @@ def probabilities():
 def top_k():
     teacher = probabilities()[0]
     ids = np.argsort(-teacher)[..., :K]
-    return jnp.asarray(ids, jnp.int32), jnp.asarray(np.log(np.take_along_axis(teacher, ids, -1)), jnp.float32)
+    return ids.astype(np.int32), np.log(np.take_along_axis(teacher, ids, -1)).astype(np.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,7 +142,7 @@ def test_the_missing_mass_is_one_more_outcome(kind):
     teacher, student = (jnp.asarray(np.random.default_rng(n).normal(size=(1, 50, V)) * 2, jnp.float32) for n in (0, 1))
     whole = ops.divergence(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student), kind)
     few, more, every = (from_top(teacher, k, student, kind) for k in (2, 8, V))
-    assert (few <= more + 1e-5).all() and (more <= whole + 1e-5).all() and (few > 0.3 * whole).mean() > 0.5
+    assert (few <= more + 1e-5).all() and (more <= whole + 1e-5).all() and few.mean() < 0.9 * more.mean()
     np.testing.assert_allclose(every, whole, rtol=1e-4)
     for k in (1, 4, V):
         np.testing.assert_allclose(from_top(teacher, k, teacher, kind), 0, atol=2e-6)
