@@ -193,8 +193,8 @@ def test_a_continued_run_keeps_its_layout(stored, tmp_path, monkeypatch, recipe,
     for (scan, given), source in itertools.product(STATES, SOURCES):
         if given is None and source != SOURCES[0]:
             continue
-        settings = {"run_dir": SPELLINGS[spelling].format(run=stored[scan]), "seq_len": 16}
-        settings["model"] = "" if recipe == "pretrain" else str(stored[scan])
+        path = SPELLINGS[spelling].format(run=stored[scan])
+        settings = {"run_dir": path, "seq_len": 16, "model": str(stored[scan])}
         attempt = functools.partial(config_from, recipe, source, given, settings, tmp_path, monkeypatch)
         expect(
             f"{recipe} resume",
