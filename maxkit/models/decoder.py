@@ -24,6 +24,7 @@ from maxkit.models.gated_delta import GatedDelta
 from maxkit.models.layers import Embedding, Make, Mlp, Norm, normal, zeros
 from maxkit.models.mla import LatentAttention
 from maxkit.models.moe import Moe
+from maxkit.ops.head_tiles import soft_capped
 from maxkit.types import Cache, Hidden
 
 Statistics = dict[str, jax.Array]
@@ -305,11 +306,6 @@ def _not_padding(attention_mask: jax.Array, start: jax.Array | None) -> jax.Arra
     own = own if start is None else own + start[:, None]
     slots = jnp.arange(attention_mask.shape[2], dtype=jnp.int32)
     return jnp.any(attention_mask & (slots == own[..., None]), axis=-1)
-
-
-def soft_capped(logits: jax.Array, cap: float | None) -> jax.Array:
-    """Logits bent towards +-cap: cap * tanh(logits / cap); as they are without a cap."""
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 class Positions(nnx.Module):
