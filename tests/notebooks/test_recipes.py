@@ -152,9 +152,8 @@ def test_convert_proves_what_it_wrote_and_fails_where_it_is_wrong(tmp_path):
 
 def test_eval_measures_what_it_is_told(tmp_path):
     mine = tmp_path / "mine.jsonl"
-    mine.write_text(
-        json.dumps({"question": "Grass is", "options": ["green", "made of iron"], "answer": "green"}) + "\n"
-    )
+    row = {"question": "The capital of France is", "options": ["Tokyo", "Paris"], "answer": "Paris"}
+    mine.write_text(json.dumps(row) + "\n")
     tasks = f"piqa,choice:{mine},pydoc"
     done = papermill("eval", tmp_path / "run", tasks=tasks, limit=2, seq_len=16, scan_layers="false")
     assert done.returncode == 0, done.stderr[-3000:]

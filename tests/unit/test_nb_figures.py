@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from maxkit.errors import UserError
-from maxkit.nb.figures import Figure, bars_figure, loss_figure
+from maxkit.nb.figures import Figure, bars_figure, intervals_figure, loss_figure
 
 HISTORY = [{"step": i, "loss": 4.0 / i + 1} for i in range(1, 41)]
 
@@ -65,6 +65,17 @@ def test_what_the_alt_text_says() -> None:
         "grey band: the expected range."
     )
     assert bars().alt == "Bar chart, Before and after. loss: before 3.1, after 2."
+
+
+def test_intervals_say_what_they_show_and_whether_guessing_is_there() -> None:
+    rows = {"piqa": (0.67, 0.57, 0.75, 0.5), "sums": (0.57, 0.47, 0.66, None)}
+    figure = intervals_figure(rows, title="Accuracy", xlabel="accuracy")
+    assert figure.alt == "Accuracy: piqa 0.67 (0.57 to 0.75, guessing 0.50); sums 0.57 (0.47 to 0.66)."
+    assert "guessing</text>" in figure.svg and pixels(figure)[..., :3].std() > 0.05
+    alone = intervals_figure({"sums": rows["sums"]}, title="Accuracy", xlabel="accuracy")
+    assert "guessing</text>" not in alone.svg
+    with pytest.raises(UserError, match="nothing to show"):
+        intervals_figure({}, title="t", xlabel="x")
 
 
 def test_files_lie_beside_the_run(tmp_path) -> None:
