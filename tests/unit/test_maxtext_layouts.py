@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny_models import tiny, weights
 
+from maxkit.checkpoint import inspect
 from maxkit.errors import UserError
 from maxkit.formats import maxtext
 from maxkit.models.config import BlockSpec, Execution, MlaConfig, ModelConfig, MoeConfig
@@ -97,6 +98,45 @@ def test_tunix(tmp_path, axis, base):
         assert {name: int(value) for name, value in contents.scalars.items()} == {"step": 7, "count": 7}
         assert list(contents.ignored_keys().values()) == ["state of random numbers"]
         assert contents.missing_keys() == contents.unused_keys() == []
+
+
+@pytest.mark.parametrize("on", ["weights", "moments", "both", "neither"])
+@pytest.mark.parametrize("numbered", [False, True])
+def test_plain_nnx_state(tmp_path, on, numbered):
+    """`model` and `optimizer`, as NNX holds them: a part `value` here, there or nowhere; layers by name or number."""
+    values, mu = tensors(), tensors(seed=1)
+    random = {"rngs": {"count": np.uint32(3), "key": np.zeros(2, np.uint32)}}
+
+    def tree(values: dict) -> dict:
+        found = llama_tree(values, None if numbered else 1)
+        if numbered:
+            layers = {str(i): found["decoder"].pop(f"layers_{i}") for i in range(CONFIG.num_layers)}
+            found["decoder"]["layers"] = layers
+        return found
+
+    weights, moments = tree(values), {"mu": tree(mu), "nu": tree(mu)}
+    weights = valued(weights) if on in ("weights", "both") else weights
+    moments = valued(moments) if on in ("moments", "both") else moments
+    state = {"0": {"count": np.int32(5), **moments}, "2": {"count": np.int32(5)}}
+    item = {"model": {**weights, "dropout": random}, "optimizer": {"opt_state": state, "step": np.uint32(5)}}
+    save(tmp_path / "5" / "items", item)
+    contents = maxtext.open(tmp_path, CONFIG)
+    assert (contents.format, contents.optimizer, contents.scan_layers) == ("maxtext-nnx", "adamw", not numbered)
+    check(contents, values)
+    check(contents, mu, "mu")
+    assert {name: int(value) for name, value in contents.scalars.items()} == {"step": 5, "count": 5}
+    assert contents.missing_keys() == contents.unused_keys() == []
+    assert set(contents.ignored_keys().values()) == {"state of random numbers"}
+
+
+@pytest.mark.parametrize("item", ["state", "default"])
+def test_items_of_other_names(tmp_path, item):
+    """Of the managers for emergencies, and of old releases."""
+    values = tensors()
+    save(tmp_path / "3" / item, {"params": {"params": llama_tree(values)}, "step": np.int32(3)})
+    for path in (tmp_path, tmp_path / "3", tmp_path / "3" / item):
+        check(maxtext.open(path, CONFIG), values)
+        assert inspect.describe(path)["format"] == "maxtext-linen"
 
 
 def test_diloco(tmp_path):

@@ -124,7 +124,7 @@ _QWEN3_NEXT = (
     Leaf("layers/attention/gate/kernel", _FULL + "query/kernel", "DN(H+*H) > DNH", "attention"),
     Leaf("layers/attention/key/kernel", _FULL + "key/kernel", "DKH", "attention"),
     Leaf("layers/attention/value/kernel", _FULL + "value/kernel", "DKH", "attention"),
-    Leaf("layers/attention/out/kernel", _FULL + "out/kernel", "NHD", "attention"),
+    Leaf("layers/attention/out/kernel", _FULL + "out/kernel", "(NH)D > NHD", "attention"),
     Leaf("layers/attention/query_norm/scale", _FULL + "query_norm/scale", "H", "attention"),
     Leaf("layers/attention/key_norm/scale", _FULL + "key_norm/scale", "H", "attention"),
     Leaf("layers/delta/query/kernel", _DELTA + "in_proj_qkvz/kernel", "D(k(*h+h+gu+gu)) > Dkh", "delta"),
