@@ -41,6 +41,19 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 		-c .venv-oracle/constraints.txt torch==2.13.0 transformers lm-eval pytest pytest-cov pytest-xdist -e .
 	@touch $@
 
+# llama.cpp's converter of Hugging Face folders comes with the sources of its Python bindings; nothing is built.
+LLAMA_CPP_PYTHON = 0.3.36
+.venv-oracle/llama.cpp/.stamp-$(LLAMA_CPP_PYTHON): .venv-oracle/.stamp
+	@echo "Fetching llama.cpp's converter into .venv-oracle: 77 MB, once"
+	@.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check --no-input sentencepiece
+	@mkdir -p .venv-oracle/llama.cpp
+	@cd .venv-oracle/llama.cpp && ../bin/python -m pip download --quiet --disable-pip-version-check --no-input --no-deps \
+		--no-binary llama-cpp-python llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	@cd .venv-oracle/llama.cpp && tar xzf llama_cpp_python-*.tar.gz --strip-components=3 --wildcards \
+		'*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/gguf/*'
+	@rm .venv-oracle/llama.cpp/*.tar.gz
+	@touch $@
+
 .venv-tpu/.stamp: pyproject.toml constraints.txt
 	@$(call make_venv,.venv-tpu)
 	@echo "Installing the TPU compiler into .venv-tpu: some minutes, once"
@@ -72,7 +85,7 @@ docs: $(VENV)/.stamp  ## build the documentation into docs/_build/html
 	@$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-oracle: .venv-oracle/.stamp  ## compare live with PyTorch, transformers and lm-eval
+oracle: .venv-oracle/.stamp .venv-oracle/llama.cpp/.stamp-$(LLAMA_CPP_PYTHON)  ## compare live with PyTorch, transformers and lm-eval
 	@.venv-oracle/bin/python tests/run_tiers.py oracle
 
 TOPOLOGY ?= v5e:2x2
