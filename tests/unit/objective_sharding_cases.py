@@ -27,7 +27,7 @@ def main(path):
             optimizer = optax.sgd(1.0)
             state = TrainState(number, params, {}, optimizer.init(params), key)
             new, metrics = jax.jit(train_step(STUDENT, objective, optimizer))(state, batch, frozen)
-        for leaf, value in STUDENT.flat(jax.tree.map(lambda a, b: b - a, new.params, params)).items():
+        for leaf, value in STUDENT.flat(jax.tree.map(lambda after, before: after - before, new.params, params)).items():
             assert value.sharding == STUDENT.flat(STUDENT.shardings(mesh))[leaf], (name, leaf, value.sharding)
             found[f"{name}|update|{leaf}"] = np.asarray(value)
         for metric, value in metrics.items():
