@@ -247,9 +247,8 @@ class Policy:
             return jnp.where(batch.loss_mask > 0, batch.columns[name], 0.0)
         if needed:
             why = " where beta is above 0" if name == "ref_logps" else ""
-            raise UserError(
-                f"the policy objective needs the batch column {name!r}{why}; here are {sorted(batch.columns)}"
-            )
+            here = ", ".join(sorted(batch.columns)) or "none"
+            raise UserError(f"the policy objective needs the batch column {name!r}{why}; here: {here}")
         return None
 
 
