@@ -3,6 +3,7 @@
 
 import importlib
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -24,3 +25,14 @@ def attach(package: str, names: dict[str, str]) -> tuple[Callable[[str], Any], C
         return value
 
     return __getattr__, lambda: sorted(names)
+
+
+class _CallableModule(types.ModuleType):
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return vars(self)["__called__"](*arguments, **named)
+
+
+def make_callable(module: str, function: Callable[..., Any]) -> None:
+    """Calling the module calls `function`: for a module of formulas that also stands for the object they make up."""
+    sys.modules[module].__class__ = _CallableModule
+    vars(sys.modules[module])["__called__"] = function

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from maxkit import ops
 from maxkit.errors import UserError
+from maxkit.lazy import make_callable
 from maxkit.objectives import routing
 from maxkit.ops import divergence
 from maxkit.ops.divergence import Divergence
@@ -122,3 +123,6 @@ class Distill:
                 f"{', '.join(sorted(missing))}"
             )
         return batch.columns["teacher_ids"], batch.columns["teacher_logps"]
+
+
+make_callable(__name__, Distill)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from maxkit import ops
+from maxkit.lazy import make_callable
 from maxkit.objectives import routing
 from maxkit.types import Batch, LossOut
 
@@ -64,3 +65,6 @@ class NextToken:
     def _routing_terms(self) -> dict[str, float]:
         """{term: coefficient} of those that are not left out."""
         return {n: c for n, c in (("rows", self.balance_loss), ("real_tokens", self.router_z_loss)) if c}
+
+
+make_callable(__name__, NextToken)

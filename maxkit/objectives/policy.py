@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from maxkit.errors import UserError
+from maxkit.lazy import make_callable
 from maxkit.objectives import routing, segments
 from maxkit.objectives.forward import score
 from maxkit.types import Batch, LossOut
@@ -259,3 +260,6 @@ def _sequence_mean(values: jax.Array, mask: jax.Array, segment_ids: jax.Array | 
     else:
         total, count = (segments.spread(segments.sums(x, segment_ids), segment_ids) for x in (mask * values, mask))
     return total / jnp.maximum(count, 1.0) + jnp.zeros_like(values)
+
+
+make_callable(__name__, Policy)

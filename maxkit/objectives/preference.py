@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from maxkit.errors import UserError
+from maxkit.lazy import make_callable
 from maxkit.objectives import routing, segments
 from maxkit.objectives.forward import score
 from maxkit.types import Batch, LossOut
@@ -225,3 +226,6 @@ def _complete(batch: Batch) -> jax.Array:
 def _chosen_mask(batch: Batch) -> jax.Array:
     """[B, T] float32: `loss_mask` at chosen answers whose pair is complete."""
     return batch.loss_mask * segments.spread(_complete_chosen(batch), batch.segment_ids)
+
+
+make_callable(__name__, Preference)
