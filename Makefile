@@ -35,10 +35,10 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 # The same JAX stack as in .venv; PyTorch fixed, everything else as new as it gets: that is what oracles are for.
 .venv-oracle/.stamp: pyproject.toml constraints.txt
 	@$(call make_venv,.venv-oracle)
-	@echo "Installing PyTorch, the newest transformers and lm-eval into .venv-oracle: some minutes, once"
+	@echo "Installing PyTorch, the newest transformers, peft and lm-eval into .venv-oracle: some minutes, once"
 	@grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|grain)==' constraints.txt > .venv-oracle/constraints.txt
 	@.venv-oracle/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-input \
-		-c .venv-oracle/constraints.txt torch==2.13.0 transformers lm-eval pytest pytest-cov pytest-xdist -e .
+		-c .venv-oracle/constraints.txt torch==2.13.0 transformers peft lm-eval pytest pytest-cov pytest-xdist -e .
 	@touch $@
 
 # llama.cpp's converter of Hugging Face folders comes with the sources of its Python bindings; nothing is built.

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from maxkit.checkpoint.layout import Address
+from maxkit.checkpoint.quantize import stored_as
 from maxkit.formats.contents import WEIGHTS
 
 _A, _B = "lora_a", "lora_b"
@@ -21,9 +22,8 @@ class Merged:
     lora = None
 
     def __init__(self, contents: Any):
-        self._contents = contents
-        lora = contents.lora
-        self._scale = np.float32(lora.alpha / lora.rank)
+        self._scale = np.float32(contents.lora.scale)
+        self._contents = contents = stored_as(contents, "", {})
         self._known = set(contents.addresses())
 
     def __getattr__(self, name: str) -> Any:
@@ -39,12 +39,13 @@ class Merged:
         return name == "kernel" and (f"{stem}/{_A}", layer) in self._known
 
     def read(self, path: str, layer: int | None = None, slot: str = WEIGHTS) -> np.ndarray:
-        """One tensor, its adapter added: A is (inputs)R, B is R(outputs), a kernel (inputs)(outputs)."""
+        """One tensor, its adapter added: A is (inputs)R, B is R(outputs), a kernel (inputs)(outputs), E first."""
         kernel = self._contents.read(path, layer)
         if not self.is_adapted(path, layer):
             return kernel
         stem = path.rpartition("/")[0]
         low, high = (self._contents.read(f"{stem}/{name}", layer).astype(np.float32) for name in (_A, _B))
-        product = np.tensordot(low, high, axes=1)
+        # Of experts there is one product each: the sum is over the rank alone, the first axis belongs to both.
+        product = low @ high if "/experts/" in path else np.tensordot(low, high, axes=1)
         assert product.shape == kernel.shape, (path, product.shape, kernel.shape)
         return (kernel.astype(np.float32) + self._scale * product).astype(kernel.dtype)

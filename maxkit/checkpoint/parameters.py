@@ -18,6 +18,7 @@ from maxkit import mesh as meshes
 from maxkit.checkpoint import mismatch, restore
 from maxkit.checkpoint.contents import STATE_PARTS, StoreContents
 from maxkit.checkpoint.layout import Address
+from maxkit.checkpoint.quantize import stored_as
 from maxkit.errors import UserError
 from maxkit.formats.contents import Contents
 from maxkit.models.definition import ModelDefinition, Parameter
@@ -45,6 +46,7 @@ def read_params(
         UserError: missing or unexpected tensors under an error policy, tensors of another shape, types that would have
             to be cast; names all of them.
     """
+    source = stored_as(source, *definition.storage)
     present = set(source.addresses())
     parameters = definition.parameters.values()
     absent = [p for p in parameters if any(key not in present for key in addresses_of(p))]

@@ -31,8 +31,9 @@ from maxkit.models.lora import LoraConfig
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _OWN = "maxkit"  # of the file's metadata: our LoraConfig, so that what we wrote is read back as it was
-# Matrices that transformers multiplies as x W, and says so to peft; peft takes all others for [outputs, inputs].
-_INPUTS_FIRST = ("gpt2", "gpt_oss")
+# (family, whether of experts): what transformers multiplies as x W, and says so to peft, which takes all other matrices
+# for [outputs, inputs].
+_INPUTS_FIRST = (("gpt2", False), ("gpt_oss", True))
 # What makes an adapter something else than `alpha / r` times B A.
 _REFUSED = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "use_bdlora")
 
@@ -111,9 +112,10 @@ def write_peft(
         UserError: no table for the family, an adapter that peft has no module for, a folder that is not empty or not to
             be written.
     """
-    adapters, (inputs, outputs) = _adapted(config, lora), _sides(config)
+    adapters = _adapted(config, lora)
     tensors: dict[str, tuple[int, ...]] = {}
     for _, parts, low, high in adapters:
+        inputs, outputs = sides(config, parts[0].place)
         place, total = parts[0].place, lora.rank * len(parts) * parts[0].place.num_experts
         tensors[low] = (total, place.rearrangement.foreign_shape[inputs])
         tensors[high] = (place.rearrangement.foreign_shape[outputs], total)
@@ -150,9 +152,9 @@ def _with_keys(chosen: list[tuple[Module, tuple[Part, ...]]]) -> list[Adapter]:
     return found
 
 
-def _sides(config: ModelConfig) -> tuple[int, int]:
+def sides(config: ModelConfig, place: Place) -> tuple[int, int]:
     """Which foreign axis peft's A belongs to, and which its B."""
-    return (0, 1) if config.family in _INPUTS_FIRST else (1, 0)
+    return (0, 1) if (config.family, place.experts != "none") in _INPUTS_FIRST else (1, 0)
 
 
 def _factors(part: Part, rank: int, axis: int, num_inputs: int) -> tuple[str, Rearrangement]:
@@ -174,8 +176,8 @@ def _join(config: ModelConfig, parts: tuple[Part, ...], rank: int, read: Read) -
     """Peft's A [experts * ranks, inputs] and B [outputs, ranks * experts] of a module."""
     place = parts[0].place
     count, total = place.num_experts, rank * len(parts)
-    sides = []
-    for axis in _sides(config):
+    matrices = []
+    for axis in sides(config, place):
         side = np.zeros((count, place.rearrangement.foreign_shape[axis], total), np.float32)
         for number, part in enumerate(parts):
             name, rearrangement = _factors(part, rank, axis, num_inputs(part.path, part.place))
@@ -184,9 +186,9 @@ def _join(config: ModelConfig, parts: tuple[Part, ...], rank: int, read: Read) -
                 own = np.zeros(rearrangement.foreign_shape, np.float32)
                 rearrangement.write_into(own, np.ascontiguousarray(value))
                 side[expert, :, number * rank : (number + 1) * rank] = own
-        sides.append(side)
-    low = sides[0].transpose(0, 2, 1).reshape(count * total, -1)  # (experts, ranks, inputs)
-    high = sides[1].transpose(1, 2, 0).reshape(-1, total * count)  # (outputs, ranks, experts)
+        matrices.append(side)
+    low = matrices[0].transpose(0, 2, 1).reshape(count * total, -1)  # (experts, ranks, inputs)
+    high = matrices[1].transpose(1, 2, 0).reshape(-1, total * count)  # (outputs, ranks, experts)
     return low, high
 
 
@@ -361,11 +363,11 @@ class PeftReader:
         part, total = adapter.parts[number], self._rank(adapter)
         low, high = self._file.read(adapter.low), self._file.read(adapter.high)
         count = part.place.num_experts
-        sides = low.reshape(count, total, -1).transpose(0, 2, 1), high.reshape(-1, total, count).transpose(2, 0, 1)
+        matrices = low.reshape(count, total, -1).transpose(0, 2, 1), high.reshape(-1, total, count).transpose(2, 0, 1)
         cut = num_inputs(part.path, part.place)
         rank = self.lora.rank if self._own else total
         columns = slice(number * rank, (number + 1) * rank) if self._own else slice(None)
-        for axis, side in zip(_sides(self.config), sides, strict=True):
+        for axis, side in zip(sides(self.config, part.place), matrices, strict=True):
             found, rearrangement = _factors(part, rank, axis, cut)
             if found == name:
                 values = [rearrangement.read(np.ascontiguousarray(expert[:, columns])) for expert in side]

@@ -7,6 +7,7 @@ and on this description of it. The NNX module exists only inside a traced functi
 
 import dataclasses
 import functools
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from maxkit import mesh as meshes
+from maxkit.models import quantized
 from maxkit.models.config import Execution, ModelConfig
 from maxkit.models.decoder import Decoder
 from maxkit.models.layers import Make, Matrix, RowKeys
@@ -42,6 +44,13 @@ class Parameter:
     shape: tuple[int, ...]
     dtype: jnp.dtype
     trainable_adapter: bool
+
+    @property
+    def num_weights(self) -> int:
+        """How many weights it holds: of a quantised kernel those it stands for, of its scales none."""
+        name = self.path.rpartition("/")[2]
+        packed = 2 if name == quantized.VALUES and self.dtype == jnp.uint8 else 1
+        return 0 if name == quantized.SCALES else packed * math.prod(self.shape)
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
@@ -103,6 +112,15 @@ class ModelDefinition:
                 found["/".join(map(str, path))] = node.path
         return found
 
+    @property
+    def storage(self) -> tuple[str, dict[str, int]]:
+        """How matrices are stored ("": as they are), and {address of a matrix: axis of its tiles}."""
+        kind = self.lora.base_weight_dtype if self.lora is not None else ""
+        if not kind:
+            return "", {}
+        letters = {p.address: p.letters for p in self.parameters.values()}
+        return kind, {m: quantized.tiled_axis(letters[f"{m}/{quantized.VALUES}"]) for m in self.matrices.values()}
+
     @staticmethod
     def _variables(state: nnx.State) -> Iterator[tuple[str, nnx.Variable]]:
         for path, variable in nnx.to_flat_state(state):
@@ -159,8 +177,8 @@ class ModelDefinition:
 
     @property
     def num_params(self) -> int:
-        """Number of scalars, adapters included."""
-        return sum(functools.reduce(lambda a, b: a * b, p.shape, 1) for p in self.parameters.values())
+        """Number of weights, adapters included."""
+        return sum(p.num_weights for p in self.parameters.values())
 
     def init(self, seed: int, mesh: Mesh | None = None) -> Tree:
         """Initial values of a seed, made on the mesh in their final layout."""

@@ -80,7 +80,7 @@ class GatedDelta(nnx.Module):
         for name, conv in (("query", self.query_conv), ("key", self.key_conv), ("value", self.value_conv)):
             mixed[name] = jax.nn.silu(conv(given[name], held[f"conv_{name}"], restarts)).astype(x.dtype)
         log_decay, beta = (jnp.where(real[..., None], y, 0) for y in self._gates(x))
-        groups = self.value.kernel.shape[-2] // self.key.kernel.shape[-2]
+        groups = given["value"].shape[-2] // given["key"].shape[-2]
         output, state = ops.gated_delta(
             _repeat(ops.l2_normalize(mixed["query"]) * given["query"].shape[-1] ** -0.5, groups),
             _repeat(ops.l2_normalize(mixed["key"]), groups),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxkit import mesh
+from maxkit.models import quantized
 from maxkit.models.config import ModelConfig
 from maxkit.models.lora import LoraConfig
 
@@ -86,12 +87,19 @@ class Matrix(nnx.Module):
     def __init__(self, letters: str, produced: str, sizes: dict[str, int], make: Make, *, bias: bool, scale: float):
         """`produced`: those of the kernel's letters that its product keeps; `scale` of the usual initial deviation."""
         shared = "".join(letter for letter in letters if letter == "E")
-        self.letters, outputs = letters, "".join(x for x in letters if x in produced and x not in shared)
+        self.path, self.letters, outputs = (
+            make.path,
+            letters,
+            "".join(x for x in letters if x in produced and x not in shared),
+        )
         inputs = "".join(x for x in letters if x not in shared + outputs)
         fan_in = math.prod(sizes[letter] for letter in inputs)
-        self.kernel = make("kernel", _shape(letters, sizes), letters, normal(scale * fan_in**-0.5))
+        self.kernel: nnx.Param | None = make("kernel", _shape(letters, sizes), letters, normal(scale * fan_in**-0.5))
+        self.storage = make.lora.base_weight_dtype if make.lora is not None else ""
+        if self.storage:
+            self._store_small()
         self.bias = make("bias", _shape(shared + outputs, sizes), shared + outputs, zeros) if bias else None
-        self.path, self.adapted = make.path, make.lora is not None and make.lora.covers(make.path)
+        self.adapted = make.lora is not None and make.lora.covers(make.path)
         self.row_keys: RowKeys | None = None  # of dropout; None: there is none
         if make.lora is not None and self.adapted:
             self.down, self.up = f"{shared}{inputs}R", f"{shared}R{outputs}"
@@ -99,9 +107,31 @@ class Matrix(nnx.Module):
             self.lora_a = make("lora_a", _shape(self.down, sizes), self.down, normal(fan_in**-0.5), nnx.LoRAParam)
             self.lora_b = make("lora_b", _shape(self.up, sizes), self.up, zeros, nnx.LoRAParam)
 
+    def _store_small(self) -> None:
+        """Replace the kernel by what `quantized` stores of it."""
+        axis, kernel = quantized.tiled_axis(self.letters), self.kernel
+        assert kernel is not None
+        quantized.check(kernel.shape[axis], self.storage, self.path)
+        values, scales = quantized.quantize(kernel[...], self.storage, axis, jnp)
+        letters = kernel.get_metadata()["letters"]
+        self.kernel_q, self.kernel_scale = nnx.Param(values, letters=letters), nnx.Param(scales, letters=letters)
+        self.kernel = None
+
+    def whole(self, dtype: jnp.dtype) -> jax.Array:
+        """The kernel as it multiplies, without its adapter. Small weights are gathered before they are widened."""
+        if self.kernel is not None:
+            return self.kernel[...].astype(dtype)
+        values, scales = (mesh.constrain(p[...], self.letters) for p in (self.kernel_q, self.kernel_scale))
+
+        def look_up(codes: jax.Array) -> jax.Array:
+            return mesh.gather_rows(jnp.asarray(quantized.CODES), codes, self.letters, "R")
+
+        axis = quantized.tiled_axis(self.letters)
+        return quantized.dequantize(values, scales, self.storage, axis, jnp, look_up).astype(dtype)
+
     def matrix(self, dtype: jnp.dtype) -> jax.Array:
         """The kernel with its adapter added, for products that are taken in another way; without dropout."""
-        kernel = self.kernel[...].astype(dtype)
+        kernel = self.whole(dtype)
         if not self.adapted:
             return kernel
         assert self.row_keys is None, "a kernel is no place for dropout, which differs from token to token"
@@ -125,7 +155,7 @@ class Projection(Matrix):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product over the contracted letters, plus bias and adapter."""
-        y = mesh.einsum(f"{self.inputs},{self.letters}->{self.outputs}", x, self.kernel[...].astype(x.dtype))
+        y = self._product(x) if self.kernel is not None else widened_again(self, Projection._product, x)
         if self.bias is not None:
             y = y + mesh.replicate(self.bias[...].astype(x.dtype))
         if self.adapted:
@@ -135,10 +165,19 @@ class Projection(Matrix):
             y = y + self.lora_scale * high
         return y
 
+    def _product(self, x: jax.Array) -> jax.Array:
+        return mesh.einsum(f"{self.inputs},{self.letters}->{self.outputs}", x, self.whole(x.dtype))
+
     def _drop(self, x: jax.Array, keys: jax.Array) -> jax.Array:
-        """x [B, ...] with a fraction `dropout` set to 0 and the rest divided by 1 - `dropout`, each row by its key."""
+        """Set a fraction `dropout` of x [B, ...] to 0 and divide the rest by 1 - `dropout`, each row by its key."""
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, x.shape[1:]))(mesh.constrain(keys, "B"))
         return jnp.where(mesh.constrain(keep, self.inputs), x / (1 - self.dropout), 0).astype(x.dtype)
+
+
+def widened_again(module: nnx.Module, method: Callable[..., jax.Array], *arguments: jax.Array) -> jax.Array:
+    """method(module, *arguments), whose wide weights are made again in the backward pass instead of being kept."""
+    graphdef, state = nnx.split(module)
+    return jax.checkpoint(lambda state, *given: method(nnx.merge(graphdef, state), *given))(state, *arguments)
 
 
 def _shape(letters: str, sizes: dict[str, int]) -> tuple[int, ...]:

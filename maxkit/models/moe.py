@@ -17,7 +17,7 @@ from flax import nnx
 from maxkit import mesh
 from maxkit.models.attention import Context
 from maxkit.models.config import Execution, ModelConfig, MoeConfig
-from maxkit.models.layers import Make, Matrix, Mlp, gated, normal, zeros
+from maxkit.models.layers import Make, Matrix, Mlp, gated, normal, widened_again, zeros
 from maxkit.ops import moe as ops
 
 # Added to a sum of weights before dividing by it, as DeepSeek-V3's own code does. Only sigmoid scores can add up to so
@@ -120,7 +120,7 @@ class Experts(nnx.Module):
         for name in ("gate", "up", "down"):
             part = getattr(self, name)
             if part is not None:
-                found[name] = part.matrix(dtype) if part.adapted else part.kernel[...]
+                found[name] = part.matrix(dtype) if part.adapted or part.storage else part.kernel[...]
                 if part.bias is not None:
                     found[f"{name}_bias"] = part.bias[...]
         return found
@@ -168,7 +168,12 @@ class Moe(nnx.Module):
             )
 
         tokens = (x, choice, routing.weights)
-        y = mesh.expert_parallel(run, tokens, self.experts.parameters(x.dtype), ops.LETTERS)
+
+        def through(experts: Experts, *tokens: jax.Array) -> jax.Array:
+            return mesh.expert_parallel(run, tokens, experts.parameters(x.dtype), ops.LETTERS)
+
+        small = bool(self.experts.up.storage)
+        y = widened_again(self.experts, through, *tokens) if small else through(self.experts, *tokens)
         if self.shared is not None:
             shared = self.shared(x)
             y = y + (shared if self.shared_gate is None else shared * self.shared_gate(x))

@@ -16,7 +16,10 @@ from maxkit.formats.hf_config.reader import read_config
 from maxkit.models.definition import ModelDefinition
 from maxkit.models.lora import LoraConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
+# peft looks for patterns of parameters among modules alone before it warns; it does use them.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning:peft", "ignore:The following .*_pattern keys:RuntimeWarning"
+)
 torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
 FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
 # Linear; fused and Conv1D; latent attention with experts; experts stored [inputs, outputs], with the MLP's bias.
@@ -51,7 +54,9 @@ def test_peft_opens_our_adapters(tmp_path, name):
     base = plain.unflat({path: flat[path] for path in plain.parameters})
     maxkit.save((plain, base), tmp_path / "base", format="hf")
     maxkit.save(loaded, tmp_path / "adapters", format="peft")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager", experts_implementation="eager"
+    )
     without = logits_of(model)
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapters")
     ours = loaded.model(TOKENS)[0]
@@ -82,7 +87,9 @@ def test_we_open_adapters_of_peft(tmp_path, name, chosen):
     loaded = model_of(name)
     plain = ModelDefinition(loaded.config)
     maxkit.save((plain, weights(plain, seed=3)), tmp_path / "base", format="hf")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager", experts_implementation="eager"
+    )
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **chosen))
     torch.manual_seed(0)
     for key, value in adapted.named_parameters():
