@@ -207,3 +207,17 @@ def test_tiers_report_counts_and_coverage_and_fail_together(tmp_path):
     assert "1 passed    0 failed" in good.stdout and "coverage 75 %" in good.stdout
     assert both.returncode == 1 and "total: 1 passed, 1 failed, 0 skipped" in both.stdout
     assert empty.returncode == 0 and "site: no test files" in empty.stdout
+
+
+def test_the_stated_lines_of_code_are_those_of_today():
+    """docs/benchmarks.md may lag behind by a tenth, not more."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from lines_of_code import model_lines
+    finally:
+        sys.path.pop(0)
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for folder, lines in model_lines().items():
+        stated = re.search(rf"^\| `{folder}`.*\| ([\d,]+) \|$", text, re.M)
+        assert stated, folder
+        assert abs(int(stated[1].replace(",", "")) - lines) < 0.1 * lines, (folder, lines)
