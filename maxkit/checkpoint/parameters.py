@@ -67,7 +67,7 @@ def read_params(
         report += _ignored_lines(source.ignored_keys())
     leaves = _read(source, definition, found, mesh, report)
     drawn = [p for p in absent if p.trainable_adapter or missing == "init"]
-    initial = definition.flat(definition.init(seed, mesh)) if drawn else {}
+    initial = definition.flat(definition.init(seed, mesh, [p.path for p in drawn])) if drawn else {}
     for parameter in absent:
         value = initial[parameter.path] if parameter in drawn else _zeros(parameter, mesh)
         leaves[parameter.path] = _fill(source, parameter, value, present, mesh)

@@ -192,9 +192,16 @@ def _join(config: ModelConfig, parts: tuple[Part, ...], rank: int, read: Read) -
     return low, high
 
 
+def _spelled(config: ModelConfig, module: Module) -> str:
+    """What to call a module's target. Beside experts peft takes these three names for experts of the old kind."""
+    taken = module.target.endswith((".gate_proj", ".up_proj", ".down_proj")) and module.parameter is None
+    return f"{module.target}.weight" if taken and config.moe is not None else module.target
+
+
 def _description(config: ModelConfig, lora: LoraConfig, adapters: list[Adapter], base: str | None) -> dict[str, Any]:
     """What adapter_config.json says."""
-    targets = {a.module.target: (a.module, len(a.parts)) for a in adapters}
+    targets = {_spelled(config, a.module): (a.module, len(a.parts)) for a in adapters}
+    parameters = [t for t, (module, _) in targets.items() if module.parameter or t != module.target]
     several = {target: count for target, (_, count) in targets.items() if count > 1}
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     return {
@@ -203,9 +210,9 @@ def _description(config: ModelConfig, lora: LoraConfig, adapters: list[Adapter],
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": sorted(t for t, (module, _) in targets.items() if not module.parameter),
-        "target_parameters": [t for t, (module, _) in targets.items() if module.parameter] or None,
+        "lora_dropout": 0.0 if parameters else lora.dropout,  # peft has none for parameters; ours is in the other file
+        "target_modules": sorted(set(targets) - set(parameters)),
+        "target_parameters": parameters or None,
         "rank_pattern": {re.escape(t): lora.rank * count for t, count in several.items()},
         "alpha_pattern": {re.escape(t): alpha * count for t, count in several.items()},
         "fan_in_fan_out": config.family == "gpt2",

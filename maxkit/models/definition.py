@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -180,13 +180,17 @@ class ModelDefinition:
         """Number of weights, adapters included."""
         return sum(p.num_weights for p in self.parameters.values())
 
-    def init(self, seed: int, mesh: Mesh | None = None) -> Tree:
-        """Initial values of a seed, made on the mesh in their final layout."""
-        make = lambda: nnx.to_pure_dict(nnx.state(self._construct(seed)))  # noqa: E731
+    def init(self, seed: int, mesh: Mesh | None = None, only: Collection[str] | None = None) -> Tree:
+        """Initial values of a seed, made on the mesh in their final layout; of the parameters `only`, if given."""
+
+        def chosen(tree: Tree) -> Tree:
+            return tree if only is None else self.unflat({path: self.flat(tree)[path] for path in only})
+
+        make = lambda: chosen(nnx.to_pure_dict(nnx.state(self._construct(seed))))  # noqa: E731
         if mesh is None:
             return jax.jit(make)()
         # Sharding-in-types would be decided while drawing; values are drawn whole-program and laid out at the end.
-        return jax.jit(make, out_shardings=self.shardings(mesh))()
+        return jax.jit(make, out_shardings=chosen(self.shardings(mesh)))()
 
     def merge(self, params: Tree, dropout: Dropout | None = None) -> Decoder:
         """The model holding `params`; cheap while tracing. Without `dropout` adapters see all of their inputs."""
