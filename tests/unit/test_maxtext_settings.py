@@ -96,7 +96,7 @@ def test_a_recorded_architecture_and_a_description_must_agree(tmp_path):
 )
 def test_settings_and_config_are_inverse(name):
     config = presets.preset_config(name)
-    if config.family in ("qwen2_moe", "qwen3_next"):
+    if config.family == "qwen2_moe":
         with pytest.raises(UserError, match="has no MaxText form"):
             maxtext.maxtext_form(config)
         return
@@ -117,7 +117,13 @@ def test_what_changes_the_maths_and_is_not_supported_is_refused_all_at_once():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"decoder_block": "gpt3"}, "decoder_block='gpt3' of MaxText is not supported"),
+        ({"decoder_block": "deepseek4"}, "decoder_block='deepseek4' of MaxText is not supported"),
+        ({"decoder_block": "gpt3"}, "trainable_position_size=-1"),
+        ({"decoder_block": "llama4", "num_experts": 4}, "chunk_attn_window_size=0"),
+        (
+            {"decoder_block": "llama4", "num_experts": 4, "chunk_attn_window_size": 8, "nope_layer_interval": 4},
+            "inhomogeneous_layer_cycle_interval=1, nope_layer_interval=4",
+        ),
         ({"decoder_block": "gemma3"}, "model_name='default'"),
         ({"decoder_block": "deepseek"}, "attention_type='global'"),
         ({"rope_type": "longrope"}, "rope_type='longrope'"),
