@@ -93,7 +93,8 @@ def schemes(block: str, config: ModelConfig, cycle: int) -> dict[str, Scheme]:
     if block == "qwen3_next":
         nested = Run("layers/local_layers", whole, True, cycle, last="layers/global_layer")
         rest = Run("layers_remainder/local_layers", count - whole, True)
-        return {"scanned": (nested, rest), "scanned flat": (Run("layers/layer_{c}", whole, True, cycle),), **unrolled}
+        flat = {} if count % cycle else {"scanned flat": (Run("layers/layer_{c}", count, True, cycle),)}
+        return {"scanned": (nested, rest), **flat, **unrolled}
     rest = Run("layers_remainder/layers_{n}", count - whole, False)
     return {"scanned": (Run("layers/layers_{c}", whole, True, cycle), rest), **unrolled}
 
