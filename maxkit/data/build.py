@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a `DataConfig` to training and held-out rows: read, split, encode, pack, and account for every row."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maxkit.data.chat import encode_chat
-from maxkit.data.config import DataConfig
+from maxkit.data.config import DataConfig, DatasetConfig
 from maxkit.data.loader import Rows
 from maxkit.data.packing import Example, chunk_text, pack
 from maxkit.data.preferences import Pair, encode_pairs, pack_pairs, pairs
@@ -47,10 +48,13 @@ class PreferenceData(NamedTuple):
     held_out_pairs: list[Pair]
 
 
-def preference_rows(cfg: DataConfig, tokenizer: Tokenizer, *, seed: int, swap: bool = False) -> PreferenceData:
+def preference_rows(
+    cfg: DataConfig, tokenizer: Tokenizer, *, seed: int, limit: int = 0, swap: bool = False
+) -> PreferenceData:
     """Encode the pairs of `cfg.dataset` with the tokenizer's chat template; only the answers are trained.
 
     All pairs of one prompt are on the same side of the split, which is a permutation of the prompts drawn from `seed`.
+    `limit`: take only the first so many usable pairs, 0 takes all.
     `swap` exchanges chosen and rejected of the training pairs: a control, after which the model must prefer the wrong.
 
     Raises:
@@ -59,7 +63,7 @@ def preference_rows(cfg: DataConfig, tokenizer: Tokenizer, *, seed: int, swap: b
     if tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template: use a chat model")
     report = RowReport()
-    found = list(pairs(cfg.dataset, report))
+    found = list(itertools.islice(pairs(cfg.dataset, report, deduplicate=cfg.deduplicate), limit or None))
     _require_rows(found, "usable", cfg, report)
     prompts: dict[str, list[Pair]] = {}
     for pair in found:
@@ -112,7 +116,7 @@ def chat_rows(cfg: DataConfig, tokenizer: Tokenizer, *, seed: int) -> ChatData:
 
 
 def text_rows(
-    cfg: DataConfig, *, seed: int, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
+    cfg: DatasetConfig, *, seed: int, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
 ) -> TextData:
     """Cut the text of `cfg.dataset` into rows; the held-out split is its contiguous tail.
 
@@ -203,7 +207,7 @@ def _stream(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
     return np.asarray(ids, np.int32)
 
 
-def _require_rows(rows: Sequence | Rows, what: str, cfg: DataConfig, report: RowReport) -> None:
+def _require_rows(rows: Sequence | Rows, what: str, cfg: DatasetConfig, report: RowReport) -> None:
     if not len(rows):
         account = "; ".join(line.strip() for line in report.lines())
         raise UserError(f"dataset={cfg.dataset} has no {what} rows at seq_len={cfg.seq_len}: {account}")

@@ -5,6 +5,7 @@ In a packed row, odd segments are chosen answers and the even segment after each
 prompt in front (docs/design/011-post-training.md). Only the answers are trained. Next to read: `build.py`.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -35,32 +36,40 @@ class Pair(NamedTuple):
         return self._replace(chosen=self.rejected, rejected=self.chosen)
 
 
-def pairs(dataset: str, report: RowReport) -> Iterator[Pair]:
-    """Yield the usable pairs of `dataset` in file order; count every row in `report`.
+def pairs(dataset: str, report: RowReport, *, deduplicate: bool = True) -> Iterator[Pair]:
+    """Yield the usable pairs of `dataset` in file order; count every pair in `report`.
 
     `dataset` is a packaged set of questions, whose right option is preferred to each wrong one, or rows of a file,
     folder or hub data set: {"prompt", "chosen", "rejected"} with texts or lists of messages, or {"chosen", "rejected"}
-    with two conversations that differ in the last answer only.
+    with two conversations that differ in the last answer only. With `deduplicate` a pair that is equal to an earlier
+    one is not used.
 
     Raises:
         UserError: no such set, or a source that cannot be read.
     """
-    if dataset in QUESTION_SETS:
-        yield from _from_questions(dataset, report)
-        return
+    seen: set[str] = set()
+    for pair in _of_questions(dataset, report) if dataset in QUESTION_SETS else _of_rows(dataset, report):
+        key = json.dumps((pair.prompt, pair.chosen, pair.rejected), sort_keys=True)
+        if deduplicate and key in seen:
+            report.reject("duplicate", pair.row, f"repeats an earlier pair: {pair.chosen[:60]!r}", pair.source)
+            continue
+        seen.add(key)
+        report.kept += 1
+        yield pair
+
+
+def _of_rows(dataset: str, report: RowReport) -> Iterator[Pair]:
     for source, row, value in records(dataset):
         try:
-            prompt, chosen, rejected = _checked(value)
+            yield Pair(*_checked(value), row, source)
         except BadRow as bad:
             report.reject(bad.why, row, str(bad), source)
-            continue
-        report.kept += 1
-        yield Pair(prompt, chosen, rejected, row, source)
 
 
-def _from_questions(dataset: str, report: RowReport) -> Iterator[Pair]:
+def _of_questions(dataset: str, report: RowReport) -> Iterator[Pair]:
     for question in questions(dataset, report):
-        prompt = [{"role": "user", "content": question.question}]
+        report.kept -= 1  # a question; counted are its pairs
+        prompt: list[Message] = [{"role": "user", "content": question.question}]
         right = question.options[question.answer]
         for option in dict.fromkeys(question.options):
             if option != right:
@@ -85,16 +94,23 @@ def _checked(value: Any) -> tuple[list[Message], str, str]:
 
 def _conversation(prompt: Any, answer: Any, side: str) -> tuple[list[Message], str]:
     """The messages before the last answer, and that answer."""
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
-    after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    if not isinstance(after, list):
-        raise BadRow("malformed", f"{side} must be a text or a list of messages, not {type(after).__name__}")
+    before, after = _messages(prompt, "user", "prompt"), _messages(answer, "assistant", side)
+    if not after:
+        raise BadRow("empty", f"{side} has no messages")
     messages = checked_messages([*before, *after])
     if messages[-1]["role"] != "assistant":
         raise BadRow("malformed", f"{side} must end with the assistant's answer, not with {messages[-1]['role']}")
     if len(messages) == 1:
         raise BadRow("empty", "no prompt in front of the answers")
     return messages[:-1], messages[-1]["content"]
+
+
+def _messages(value: Any, role: str, name: str) -> list[Any]:
+    if value is None or isinstance(value, list):
+        return value or []
+    if not isinstance(value, str):
+        raise BadRow("malformed", f"{name} must be a text or a list of messages, not {type(value).__name__}")
+    return [{"role": role, "content": value}]
 
 
 def encode_side(tokenizer: Tokenizer, prompt: Sequence[Message], answer: str) -> Side:

@@ -23,6 +23,7 @@ class PreferenceConfig(BaseModel):
     nll_weight: float | None = Field(
         None, ge=0, description="Coefficient of the chosen answers' negative log-likelihood; none: 1 for orpo, else 0."
     )
+    limit: int = Field(0, ge=0, description="Usable pairs to take, from the beginning of the data set; 0 takes all.")
     swap_labels: bool = Field(
         False, description="Train on the pairs the wrong way round: a control, which must make the held-out ones worse."
     )

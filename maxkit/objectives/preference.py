@@ -106,7 +106,9 @@ class Preference:
     Batch columns: `ref_logps` [B, T], unless the loss is reference-free.
     Metrics, means over pairs, named as in TRL: `rewards/chosen` and `rewards/rejected` (beta times log-prob over
     reference), `rewards/margins`, `rewards/accuracies` (share of pairs with a positive margin), `logps/chosen`,
-    `logps/rejected` (sums over tokens, or means for `USES_MEANS`), and `loss/nll`.
+    `logps/rejected` (sums over tokens, or means for `USES_MEANS`), and `loss/nll`. Not in TRL: `logps/accuracies`, the
+    share of pairs whose chosen answer has the higher mean log-prob of a token. It needs no reference, so it can be
+    compared before and after.
 
     Raises:
         UserError: unknown loss, values out of range, a smoothing that the loss does not know, no `ref_logps`.
@@ -155,6 +157,7 @@ class Preference:
         mask, complete = batch.loss_mask, _complete(batch)
         logps, reference = mask * scored.logps, mask * self._reference(batch)
         chosen, rejected = self._answers(logps, batch)
+        likelier, unlikelier = segments.pairs(_means(logps, batch))
         ref_chosen, ref_rejected = self._answers(reference, batch)
         losses = self.losses(chosen, rejected, ref_chosen, ref_rejected)
         total, pairs = jnp.sum(complete * losses), weights["pairs"]
@@ -167,6 +170,7 @@ class Preference:
             "rewards/accuracies": (won > lost).astype(jnp.float32),
             "logps/chosen": chosen,
             "logps/rejected": rejected,
+            "logps/accuracies": (likelier > unlikelier).astype(jnp.float32),
         }
         metrics = {name: jnp.sum(complete * value) / pairs for name, value in found.items()}
         if self.likelihood:
@@ -206,10 +210,13 @@ class Preference:
 
     def _answers(self, logps: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """[B, P] each: the log-probs of chosen and rejected answers; 0 where a pair is not there."""
-        total = segments.sums(logps, batch.segment_ids)
-        if self.loss in USES_MEANS:
-            total = total / jnp.maximum(segments.sums(batch.loss_mask, batch.segment_ids), 1.0)
-        return segments.pairs(total)
+        of_answers = _means(logps, batch) if self.loss in USES_MEANS else segments.sums(logps, batch.segment_ids)
+        return segments.pairs(of_answers)
+
+
+def _means(logps: jax.Array, batch: Batch) -> jax.Array:
+    """[B, T + 1] by segment: the mean of `logps`, which is 0 where nothing is trained, over the trained tokens."""
+    return segments.sums(logps, batch.segment_ids) / jnp.maximum(segments.sums(batch.loss_mask, batch.segment_ids), 1.0)
 
 
 def _complete_chosen(batch: Batch) -> jax.Array:
