@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from maxkit.checkpoint.inspect import as_path
-from maxkit.data.config import DataConfig
+from maxkit.data.config import DataConfig, DatasetConfig
 from maxkit.errors import UserError, nearest
 from maxkit.eval.config import EvalConfig
 from maxkit.mesh_axes import parse_sizes
@@ -29,6 +29,7 @@ from maxkit.typed import convert, type_name
 
 SOURCES = ("file", "environment", "command line", "papermill", "notebook", "keyword")
 ENVIRONMENT_PREFIX = "MAXKIT_"
+BYTE_VOCABULARY = 257  # every byte, and the token that ends a text
 # Settings of the program, not parameters. Names that start MAXKIT__ pass from one maxkit process to another.
 RESERVED_ENVIRONMENT = ("MAXKIT_CACHE", "MAXKIT_OFFLINE", "MAXKIT_PROGRESS")
 # They say which of MaxText's two model stacks wrote something. Here they could only be wrong.
@@ -84,11 +85,11 @@ class Parameters(BaseModel):
     __str__ = __repr__
 
 
-class RecipeConfig(DataConfig, OptimizerConfig, CheckpointConfig, TrainConfig, Parameters):
+class RecipeConfig(DatasetConfig, OptimizerConfig, CheckpointConfig, TrainConfig, Parameters):
     """What every training recipe takes; a recipe adds its own fields and defaults."""
 
 
-class Sft(LoraFields, RecipeConfig):
+class Sft(LoraFields, DataConfig, RecipeConfig):
     """Supervised fine-tuning of a pretrained chat model on conversations."""
 
     model: str = Field("smollm2-135m-instruct", description=TrainConfig.model_fields["model"].description)
@@ -106,7 +107,7 @@ class Sft(LoraFields, RecipeConfig):
         return value
 
 
-class Dpo(LoraFields, PreferenceConfig, RecipeConfig):
+class Dpo(LoraFields, PreferenceConfig, DataConfig, RecipeConfig):
     """Preference optimisation of a chat model on pairs of answers, of which one is preferred."""
 
     model: str = Field("smollm2-135m-instruct", min_length=1, description=TrainConfig.model_fields["model"].description)
@@ -123,15 +124,7 @@ class Dpo(LoraFields, PreferenceConfig, RecipeConfig):
     learning_rate: float = Field(2e-5, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
 
 
-class Grpo(LoraFields, RlConfig, RecipeConfig):
-    """Reinforcement learning with verifiable rewards: answers are sampled, checked, and compared in groups."""
-
-    model: str = Field("smollm2-135m-instruct", min_length=1, description=TrainConfig.model_fields["model"].description)
-    seq_len: int = Field(128, ge=2, description="Tokens of prompt and answer together.")
-    learning_rate: float = Field(1e-5, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
-
-
-class Distill(DistillConfig, RecipeConfig):
+class Distill(DistillConfig, DataConfig, RecipeConfig):
     """Distillation: a student learns the teacher's distribution over the next token."""
 
     model: str = Field("smollm2-135m-instruct", min_length=1, description="The student: a model name or path.")
@@ -141,16 +134,11 @@ class Distill(DistillConfig, RecipeConfig):
     dataset: str = Field("chatterbot-all", description=DataConfig.model_fields["dataset"].description)
 
 
-class Pretrain(RecipeConfig):
-    """Pretraining of a small decoder from scratch on plain text."""
+class DecoderSizes(BaseModel):
+    """The sizes of a small decoder that a recipe builds itself."""
 
-    model: str = Field("", description="Model whose architecture is used; empty builds one from the sizes below.")
-    dataset: str = Field("shakespeare", description=DataConfig.model_fields["dataset"].description)
-    eval_period: int = Field(50, ge=0, description=TrainConfig.model_fields["eval_period"].description)
-    steps: int = Field(300, ge=0, description=TrainConfig.model_fields["steps"].description)
-    batch_size: int = Field(16, ge=1, description=TrainConfig.model_fields["batch_size"].description)
-    learning_rate: float = Field(4e-3, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
-    vocab_size: int = Field(300, ge=258, description="Size of the byte-pair vocabulary trained in the run.")
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     num_layers: int = Field(4, ge=1, description="Blocks of the decoder.")
     embed_dim: int = Field(128, ge=2, description="Width of the residual stream.")
     num_heads: int = Field(4, ge=1, description="Query heads, each embed_dim / num_heads wide.")
@@ -160,7 +148,7 @@ class Pretrain(RecipeConfig):
     mlp_dim: int = Field(384, ge=1, description="Width inside the gated MLP.")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "Pretrain":
+    def _heads_divide(self) -> "DecoderSizes":
         if self.embed_dim % (2 * self.num_heads):
             raise ValueError(
                 f"embed_dim={self.embed_dim} must be a multiple of 2 * num_heads = {2 * self.num_heads}, "
@@ -169,6 +157,48 @@ class Pretrain(RecipeConfig):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
         return self
+
+
+class Pretrain(DecoderSizes, RecipeConfig):
+    """Pretraining of a small decoder from scratch on plain text."""
+
+    model: str = Field("", description="Model whose architecture is used; empty builds one from the sizes below.")
+    dataset: str = Field("shakespeare", description=DatasetConfig.model_fields["dataset"].description)
+    eval_period: int = Field(50, ge=0, description=TrainConfig.model_fields["eval_period"].description)
+    steps: int = Field(300, ge=0, description=TrainConfig.model_fields["steps"].description)
+    batch_size: int = Field(16, ge=1, description=TrainConfig.model_fields["batch_size"].description)
+    learning_rate: float = Field(4e-3, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
+    vocab_size: int = Field(300, ge=BYTE_VOCABULARY, description="Size of the byte-pair vocabulary trained in the run.")
+
+
+class Grpo(LoraFields, DecoderSizes, RlConfig, RecipeConfig):
+    """Reinforcement learning with verifiable rewards: answers are sampled, checked, and compared in groups."""
+
+    model: str = Field(
+        "", description="Model name or path; empty builds one from the sizes below, which first imitates examples."
+    )
+    dataset: str = Field("arithmetic:+:3", min_length=1, description=RlConfig.model_fields["dataset"].description)
+    seq_len: int = Field(16, ge=2, description="Tokens of prompt and answer together.")
+    max_new_tokens: int = Field(8, ge=1, description=RlConfig.model_fields["max_new_tokens"].description)
+    batch_size: int = Field(256, ge=1, description=RlConfig.model_fields["batch_size"].description)
+    num_generations: int = Field(16, ge=2, description=RlConfig.model_fields["num_generations"].description)
+    steps: int = Field(120, ge=0, description=TrainConfig.model_fields["steps"].description)
+    eval_period: int = Field(20, ge=0, description=TrainConfig.model_fields["eval_period"].description)
+    learning_rate: float = Field(1e-3, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
+    imitation_steps: int = Field(
+        120, ge=0, description="Supervised updates of a model that is built here, before the first rollout; 0: none."
+    )
+    imitation_error: int = Field(
+        4, ge=0, description="The answers that it imitates are off by up to so much, so that few of them are right."
+    )
+
+    def imitation(self) -> Pretrain:
+        """The supervised run that gives a model without a name its first weights."""
+        shared = ("dataset", "seed", "mesh", "dtype", "scan_layers", *DecoderSizes.model_fields)
+        given: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        given |= {"run_dir": str(self.run_folder / "imitation"), "steps": self.imitation_steps, "eval_period": 0}
+        given["seq_len"] = max(self.seq_len, Pretrain.model_fields["seq_len"].default)
+        return Pretrain(**given, vocab_size=BYTE_VOCABULARY)
 
 
 class Convert(Parameters):

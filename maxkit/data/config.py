@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class DataConfig(BaseModel):
+class DatasetConfig(BaseModel):
     """Where the examples come from, how long a row is, and what is held out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -24,10 +24,15 @@ class DataConfig(BaseModel):
         lt=1.0,
         description="Share of the examples (chat) or of the text's tail kept for evaluation.",
     )
+    deduplicate: bool = Field(True, description="Drop exact repeats of a conversation, so that none is also held out.")
+    shuffle: bool = Field(True, description="Read the training rows in a new random order each epoch.")
+
+
+class DataConfig(DatasetConfig):
+    """The same for examples that share rows: conversations and pairs."""
+
     packing: bool = Field(True, description="Put several chat examples into one row; false gives one a row.")
     too_long: Literal["drop", "truncate"] = Field(
         "drop",
         description="What happens to a chat example longer than seq_len; both are counted and reported.",
     )
-    deduplicate: bool = Field(True, description="Drop exact repeats of a conversation, so that none is also held out.")
-    shuffle: bool = Field(True, description="Read the training rows in a new random order each epoch.")

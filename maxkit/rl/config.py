@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from maxkit.data.config import DataConfig
+from maxkit.data.config import DatasetConfig
 from maxkit.train.config import TrainConfig
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "sequence_scale"]
@@ -39,7 +39,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-class RlConfig(DataConfig, TrainConfig):
+class RlConfig(DatasetConfig, TrainConfig):
     """Prompts are answered several times, answers are rewarded, and the policy follows the better ones of each group.
 
     `batch_size` counts answers per update; a row of the batch holds `seq_len` tokens of prompt and answer.
@@ -48,8 +48,9 @@ class RlConfig(DataConfig, TrainConfig):
     dataset: str = Field(
         "arithmetic",
         min_length=1,
-        description="Prompts: arithmetic (sums, differences and products of digits; arithmetic:+ for some of them), a "
-        ".jsonl or .parquet file with prompt and answer, or reasoning-gym:NAME[:SIZE].",
+        description="Prompts: arithmetic (sums, differences and products of two digits; arithmetic:+ for some of them, "
+        "arithmetic:+:3 for three digits each), a .jsonl or .parquet file with prompt and answer, or "
+        "reasoning-gym:NAME[:SIZE].",
     )
     batch_size: int = Field(32, ge=1, description="Answers per update over all hosts.")
     algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"] = Field(

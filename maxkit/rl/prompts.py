@@ -5,7 +5,9 @@ Sources: arithmetic with digits, rows of a file or hub data set, reasoning-gym. 
 the `RowReport` with its number and the reason. Next to read: `rewards.py`, `batches.py`.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -110,17 +112,20 @@ def _rows(dataset: str, seed: int) -> Iterator[Row]:
     return ((found.source, found.row, found.value) for found in records(dataset))
 
 
-def _arithmetic(operations: str) -> Iterator[Row]:
-    """All questions such as "3+4=" with two digits: 100 for each of the operations."""
+def _arithmetic(wanted: str) -> Iterator[Row]:
+    """`[OPERATIONS][:DIGITS]`: all questions such as "3+4=", 10 ** DIGITS for each operation; from left to right."""
+    operations, _, digits = wanted.partition(":")
     if wrong := sorted(set(operations) - set(OPERATIONS)):
-        raise UserError(f"dataset=arithmetic:{operations}: {' '.join(wrong)} is not one of {' '.join(OPERATIONS)}")
+        raise UserError(f"dataset=arithmetic:{wanted}: {' '.join(wrong)} is not one of {' '.join(OPERATIONS)}")
+    if digits and digits not in ("2", "3", "4"):
+        raise UserError(f"dataset=arithmetic:{wanted}: {digits!r} must be 2, 3 or 4, the digits of a question")
     number = 0
     for operation in sorted(set(operations or OPERATIONS)):
-        for a in range(10):
-            for b in range(10):
-                number += 1
-                answer = str(OPERATIONS[operation](a, b))
-                yield "arithmetic", number, {"prompt": f"{a}{operation}{b}=", "answer": answer}
+        for terms in itertools.product(range(10), repeat=int(digits or 2)):
+            number += 1
+            question = operation.join(map(str, terms))
+            answer = str(functools.reduce(OPERATIONS[operation], terms))
+            yield "arithmetic", number, {"prompt": f"{question}=", "answer": answer}
 
 
 def _reasoning_gym(wanted: str, seed: int) -> Iterator[Row]:

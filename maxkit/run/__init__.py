@@ -6,6 +6,7 @@ converts, `evaluation.py` one that evaluates, `cards.py` what they show of thems
 from maxkit.run.cards import describe_artifacts
 from maxkit.run.conversion import ConversionRun, RoundTrip, start_conversion
 from maxkit.run.evaluation import EvaluationRun, start_evaluation
+from maxkit.run.imitation import Imitated, imitate
 from maxkit.run.session import Assessment, Evaluation, Run, start
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "Evaluation",
     "EvaluationRun",
     "RoundTrip",
+    "Imitated",
     "Run",
     "describe_artifacts",
+    "imitate",
     "start",
     "start_conversion",
     "start_evaluation",

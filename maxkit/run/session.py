@@ -42,6 +42,7 @@ from maxkit.optim import learning_rate_at
 from maxkit.run import cards
 from maxkit.run.batches import Placer
 from maxkit.run.tasks import TASKS, Evaluation
+from maxkit.run.tasks import Task as RecipeTask
 from maxkit.train.loop import BatchSource, Every, StopRequest, train_loop
 from maxkit.train.metrics import MetricsWriter, model_flops_per_token, peak_memory, read_metrics, throughput
 from maxkit.train.step import compile_train_step, eval_step, total_weights
@@ -80,7 +81,8 @@ class Assessment(Evaluation):
 class Run:
     """One execution of a recipe in this process; the methods are called in the order of the module's head."""
 
-    def __init__(self, cfg: RecipeConfig):
+    def __init__(self, cfg: RecipeConfig, task: RecipeTask | None = None):
+        """`task`: the recipe's own where it is None. Raises UserError as `start`."""
         self._clock = time.perf_counter()
         self.seconds = {"setup": 0.0, "compile": 0.0, "train": 0.0, "total": 0.0}
         self.cfg = cfg
@@ -90,7 +92,7 @@ class Run:
         _check_run_dir(self.folder)
         self.mesh: Mesh = meshes.make_mesh(cfg.mesh)
         self.place = Placer(self.mesh)
-        self.task = TASKS[type(cfg)]
+        self.task = task or TASKS[type(cfg)]
         self.store = CheckpointStore(
             self.folder / "checkpoints", max_to_keep=cfg.max_num_checkpoints_to_keep, best_metric=None
         )
@@ -397,7 +399,7 @@ class Run:
         """Held-out loss and answers of the weights as they are now, kept in the run folder under their step."""
         held_out = self.evaluate()
         answers = tuple(self.generate(prompts, **options)) if prompts else ()
-        found = Assessment(held_out.metrics, held_out.count, self.steps_done, answers)
+        found = Assessment(held_out.metrics, held_out.count, self.steps_done, answers, samples=held_out.samples)
         self._remember(found)
         if self.primary:
             path = self.folder / f"assessment-{found.step}.json"
@@ -416,7 +418,9 @@ class Run:
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept.pop("prompts") == _readable(prompts):
-                found = Assessment(**{**kept, "answers": tuple(kept["answers"])})
+                found = Assessment(
+                    **{**kept, "answers": tuple(kept["answers"]), "samples": tuple(kept.get("samples", ()))}
+                )
                 self._remember(found)
                 return found
         trained, done = self.state, self.steps_done

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 
 from maxkit import build
 from maxkit.checkpoint import load
-from maxkit.config import Distill, Dpo, Grpo, Pretrain, RecipeConfig, Sft
+from maxkit.config import BYTE_VOCABULARY, Distill, Dpo, Grpo, Pretrain, RecipeConfig, Sft
 from maxkit.data.build import ChatData, PreferenceData, TextData, chat_rows, preference_rows, text_rows
+from maxkit.data.config import DataConfig
 from maxkit.data.report import RowReport
-from maxkit.data.tokenizer import Tokenizer
+from maxkit.data.tokenizer import Tokenizer, train_bpe
 from maxkit.errors import UserError
-from maxkit.rl.answers import Answerer
+from maxkit.rl.answers import Answerer, sample_row
 from maxkit.rl.answers import evaluate as evaluate_answers
 from maxkit.rl.batches import RolloutBatches
 from maxkit.rl.prompts import Prompt, Prompts, load_prompts
@@ -38,13 +39,19 @@ from maxkit.types import Tree
 if TYPE_CHECKING:
     from maxkit.run.session import Run
 
+SAMPLES = 8  # answers that an evaluation shows
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What the held-out examples say: metrics by name, over `count` trained tokens or generated answers."""
+    """What the held-out examples say: metrics by name, over `count` trained tokens or generated answers.
+
+    samples: the first of the generated answers, as `rl.answers.sample_row` writes them.
+    """
 
     metrics: dict[str, float]
     count: int
+    samples: tuple[dict[str, Any], ...] = dataclasses.field(default=(), kw_only=True)
 
     @property
     def loss(self) -> float:
@@ -120,6 +127,7 @@ def read_text(run: "Run", tokenizer: Tokenizer | None) -> tuple[TextData, Tokeni
 def read_chat(run: "Run", tokenizer: Tokenizer | None) -> tuple[ChatData, Tokenizer]:
     """Conversations, of which the assistant's part is trained."""
     tokenizer = needed(run, tokenizer)
+    assert isinstance(run.cfg, DataConfig)
     return chat_rows(run.cfg, tokenizer, seed=run.cfg.seed), tokenizer
 
 
@@ -150,7 +158,7 @@ class PreferenceTask:
         cfg, source = run.cfg, run.blueprint.source
         assert isinstance(cfg, Dpo)
         tokenizer = needed(run, source.tokenizer() if source is not None else None)
-        return preference_rows(cfg, tokenizer, seed=cfg.seed, swap=cfg.swap_labels), tokenizer
+        return preference_rows(cfg, tokenizer, seed=cfg.seed, limit=cfg.limit, swap=cfg.swap_labels), tokenizer
 
     def prepare(self, run: "Run") -> None:
         """Add the column `ref_logps` to the rows of both splits, where the loss has a reference."""
@@ -179,9 +187,17 @@ class DistillTask:
     headline = "kl"
 
     def load_data(self, run: "Run") -> tuple[ChatData, Tokenizer]:
-        """Read, encode, split and pack."""
-        source = run.blueprint.source
-        return read_chat(run, source.tokenizer() if source is not None else None)
+        """Read, encode, split and pack.
+
+        Raises:
+            UserError: an id means one token to the teacher and another to the student.
+        """
+        source, teacher = run.blueprint.source, run.blueprint.teacher
+        tokenizer = source.tokenizer() if source is not None else None
+        assert isinstance(run.cfg, Distill) and teacher is not None
+        if tokenizer is not None and run.cfg.teacher != run.cfg.model:
+            check_same_tokens(run.cfg, tokenizer, teacher.source.tokenizer())
+        return read_chat(run, tokenizer)
 
     def prepare(self, run: "Run") -> None:
         """Load the teacher; with `teacher_top_k`, add its columns to the rows and let it go."""
@@ -209,6 +225,24 @@ class DistillTask:
         return run.evaluate_rows(run.data.held_out, params)
 
 
+def check_same_tokens(cfg: Distill, student: Tokenizer, teacher: Tokenizer | None) -> None:
+    """Refuse vocabularies of one size that are not the same; a teacher without a tokenizer is believed.
+
+    Raises:
+        UserError: names the first id that differs.
+    """
+    ours = {number: text for text, number in student.backend.get_vocab(with_added_tokens=True).items()}
+    theirs = ours if teacher is None else {n: t for t, n in teacher.backend.get_vocab(with_added_tokens=True).items()}
+    differing = sorted(number for number in ours.keys() | theirs.keys() if ours.get(number) != theirs.get(number))
+    if differing:
+        first = differing[0]
+        raise UserError(
+            f"teacher={cfg.teacher} and model={cfg.model} have different vocabularies: token {first} is "
+            f"{theirs.get(first)!r} to the teacher and {ours.get(first)!r} to the student, and {len(differing) - 1} more "
+            "differ; distillation compares token by token, and needs one tokenizer"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class RolloutData:
     """Prompts to train on and to test with, and what answers and judges them."""
@@ -225,10 +259,13 @@ class PolicyTask:
     headline = "reward"
 
     def load_data(self, run: "Run") -> tuple[RolloutData, Tokenizer]:
-        """Read and encode the prompts; check rewards and lengths."""
+        """Read and encode the prompts; check rewards and lengths. A model that is built here reads bytes."""
         cfg, source = run.cfg, run.blueprint.source
         assert isinstance(cfg, Grpo)
-        tokenizer = needed(run, source.tokenizer() if source is not None else None)
+        if source is None:
+            tokenizer = train_bpe([], BYTE_VOCABULARY)
+        else:
+            tokenizer = needed(run, source.tokenizer())
         prompts = load_prompts(
             cfg.dataset,
             tokenizer,
@@ -238,19 +275,19 @@ class PolicyTask:
             prompt_format=cfg.prompt_format,
             deduplicate=cfg.deduplicate,
         )
-        rollout = EngineRollout(
-            run.definition,
-            batch_size=cfg.rollout_batch_size or cfg.batch_size,
-            max_prompt_length=cfg.prompt_limit,
-            max_new_tokens=cfg.max_new_tokens,
-            eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-            mesh=run.mesh,
-        )
-        answerer = Answerer(cfg, rollout, tokenizer)
+        ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        answerer = Answerer(cfg, EngineRollout.of(cfg, run.definition, ends, run.mesh), tokenizer)
         return RolloutData(prompts.train, prompts.held_out, prompts.report, answerer), tokenizer
 
     def prepare(self, run: "Run") -> None:
-        """Nothing: the reference is made with the source."""
+        """Refuse a model without any weights, which would never be right.
+
+        Raises:
+            UserError: it was to imitate examples first, and did not.
+        """
+        assert isinstance(run.cfg, Grpo)
+        if run.blueprint.source is None and run.cfg.imitation_steps:
+            raise UserError("the model has no weights yet: maxkit.run.imitate(run) comes first, or imitation_steps=0")
 
     def source(self, run: "Run") -> BatchSource:
         """Rollouts; with `beta`, full weights keep a copy of the first ones as the reference."""
@@ -275,8 +312,10 @@ class PolicyTask:
 
     def evaluate(self, run: "Run", params: Tree) -> Evaluation:
         """Rewards and lengths of one greedy answer to each held-out prompt."""
-        metrics, answers = evaluate_answers(run.data.answerer, params, run.data.held_out)
-        return Evaluation(metrics, len(answers.answered))
+        answerer = run.data.answerer
+        metrics, answers = evaluate_answers(answerer, params, run.data.held_out)
+        samples = tuple(sample_row(answerer, one) for one in answers.answered[:SAMPLES])
+        return Evaluation(metrics, len(answers.answered), samples=samples)
 
 
 TASKS: dict[type[RecipeConfig], Task] = {
