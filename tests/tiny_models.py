@@ -27,6 +27,10 @@ def weights(definition: ModelDefinition, seed: int = 0) -> Tree:
         name = zlib.crc32(f"{parameter.address} {number}".encode())
         draw = np.random.default_rng([seed, name])
         shape = parameter.layer_shape
+        if parameter.path.endswith("/kernel_q"):  # of a quantised kernel
+            return draw.integers(0, 256, shape).astype(np.uint8).view(np.dtype(parameter.dtype))
+        if parameter.path.endswith("/kernel_scale"):
+            return 0.3 + 0.1 * draw.random(shape)
         if len(shape) < 2:
             return 1 + 0.1 * draw.normal(size=shape)
         return draw.normal(size=shape) * (0.3 if parameter.layers is None else 0.2)

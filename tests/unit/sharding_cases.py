@@ -27,6 +27,8 @@ SMOLLM2 = tiny(num_heads=9, num_kv_heads=3, embed_dim=40, tie_embeddings=True)
 MQA = tiny(num_kv_heads=1, attention_bias=True, mlp_bias=True)
 OBJECTIVE = NextToken(num_tiles=3, z_loss=1e-3)
 UNROLLED = Execution(scan_layers=False)
+LORA = LoraConfig(rank=2, dropout=0.1)
+QLORA = LoraConfig(rank=2, base_weight_dtype="nf4")
 
 # name: (config, mesh, accumulation, LoRA, execution)
 RUNS = {
@@ -42,8 +44,10 @@ RUNS = {
     "smollm2/fsdp:2,tensor:4": (SMOLLM2, "fsdp:2,tensor:4", 1, None, Execution(remat_policy="full")),
     "mqa/1": (MQA, "", 1, None, Execution()),
     "mqa/fsdp:2,tensor:4": (MQA, "fsdp:2,tensor:4", 1, None, Execution()),
-    "lora/1": (TINY, "", 1, LoraConfig(rank=2), Execution()),
-    "lora/fsdp:4,tensor:2": (TINY, "fsdp:4,tensor:2", 2, LoraConfig(rank=2), Execution()),
+    "lora/1": (TINY, "", 1, LORA, Execution()),
+    "lora/fsdp:4,tensor:2": (TINY, "fsdp:4,tensor:2", 2, LORA, Execution()),
+    "qlora/1": (TINY, "", 1, QLORA, Execution()),
+    "qlora/fsdp:4,tensor:2": (TINY, "fsdp:4,tensor:2", 2, QLORA, Execution()),
 }
 
 

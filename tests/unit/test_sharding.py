@@ -38,7 +38,7 @@ def results():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("model", ["even", "smollm2", "mqa", "lora"])
+@pytest.mark.parametrize("model", ["even", "smollm2", "mqa", "lora", "qlora"])
 def test_every_mesh_gives_the_losses_of_one_device(model):
     runs = results()["runs"]
     one = runs[f"{model}/1"]["losses"]
