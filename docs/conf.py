@@ -1,26 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the documentation is built: nothing is executed, warnings are errors, no page needs the network."""
 
+import os
+import sys
 import tomllib
 from pathlib import Path
 
 PYPROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the API pages import the package; no chip is needed for that
 
 project = "maxkit"
 author = "the maxkit authors"
 copyright = author
 release = version = PYPROJECT["project"]["version"]
 
-extensions = ["myst_nb", "sphinx_design", "sphinx_copybutton"]
-exclude_patterns = ["_build"]
-myst_enable_extensions = ["colon_fence", "deflist"]
+extensions = [
+    "myst_nb",
+    "sphinx_design",
+    "sphinx_copybutton",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "mathml",
+    "maxkit_site",
+]
+exclude_patterns = ["_build", "_ext", "_generated"]
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+html_math_renderer = "mathml"
 
 # Outputs come from tested runs that are committed with the notebooks, never from the build.
 nb_execution_mode = "off"
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # the default loads scripts from elsewhere
 
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+napoleon_numpy_docstring = False
+default_role = "literal"
+
 html_theme = "sphinx_book_theme"
 html_title = "maxkit"
+html_favicon = "_static/favicon.svg"
+html_static_path = ["_static", "_generated"]
+html_css_files = ["maxkit.css"]
 html_copy_source = False
-html_theme_options = {"use_download_button": False, "use_fullscreen_button": False}
+html_show_sphinx = False
+html_theme_options = {
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "show_navbar_depth": 1,
+}
