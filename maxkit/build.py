@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from maxkit import mesh as meshes
 from maxkit.checkpoint import load
+from maxkit.checkpoint.kept_layers import KeptLayers, shallower
 from maxkit.config import Distill, Dpo, Eval, Grpo, Pretrain, RecipeConfig
 from maxkit.errors import UserError
 from maxkit.formats import presets
@@ -70,6 +71,9 @@ def blueprint(
             a sequence longer than the model allows.
     """
     config, source, start = architecture(cfg) if config is None else (config, None, None)
+    if isinstance(cfg, Distill) and cfg.student_layers:
+        config, _ = shallower(config, cfg.student_layers, start or cfg.model)
+        source = source and KeptLayers(source, cfg.student_layers, start)
     teacher = open_teacher(cfg, config) if isinstance(cfg, Distill) else None
     online = teacher.definition if isinstance(cfg, Distill) and teacher and not cfg.teacher_top_k else None
     stored, place = stored_scan_layers, where
@@ -109,9 +113,15 @@ def open_teacher(cfg: Distill, student: ModelConfig) -> Teacher:
     """The model that `cfg.teacher` names, in its own layout.
 
     Raises:
-        UserError: no such model, or one whose tokens are not the student's.
+        UserError: no such model, one whose tokens are not the student's, or one that reads shorter texts.
     """
     source = load.open_source(cfg.teacher, cfg.teacher_config)
+    if cfg.seq_len > source.config.max_seq_len:
+        raise UserError(f"seq_len={cfg.seq_len}: teacher={cfg.teacher} allows max_seq_len={source.config.max_seq_len}")
+    if cfg.teacher_top_k > source.config.vocab_size:
+        raise UserError(
+            f"teacher_top_k={cfg.teacher_top_k}: teacher={cfg.teacher} has vocab_size={source.config.vocab_size}"
+        )
     if source.config.vocab_size != student.vocab_size:
         raise UserError(
             f"teacher={cfg.teacher} has vocab_size={source.config.vocab_size} and model={cfg.model} has "
@@ -198,8 +208,8 @@ def architecture(cfg: RecipeConfig | Eval) -> tuple[ModelConfig, load.Source | N
     named = load.open_source(cfg.model, cfg.config) if cfg.model else None
     if named is not None:
         return named.config, named, cfg.model
-    if isinstance(cfg, Pretrain):
-        return from_sizes(cfg), None, None
+    if isinstance(cfg, Pretrain | Grpo):
+        return from_sizes(cfg if isinstance(cfg, Pretrain) else cfg.imitation()), None, None
     raise UserError(f"{cfg.recipe}: give a model, for example model=smollm2-135m-instruct")
 
 
@@ -213,7 +223,7 @@ def _from_preset(cfg: Pretrain) -> tuple[ModelConfig, load.Source | None, str | 
 
 
 def from_sizes(cfg: Pretrain) -> ModelConfig:
-    """The small decoder that the pretraining recipe builds from its own parameters."""
+    """The small decoder that a recipe builds from its own parameters."""
     return ModelConfig(
         vocab_size=cfg.vocab_size,
         num_layers=cfg.num_layers,

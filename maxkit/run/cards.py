@@ -77,9 +77,20 @@ def estimate(run: "Run") -> Any:
         "model FLOPs per update": f"{flops * tokens / 1e12:.3g} TFLOP",
         "weights and optimizer": f"{state / 2**30:.2f} GiB over all devices",
         "gradients": f"{trained * FLOAT32 / 2**30:.2f} GiB",
+        **_teacher(run),
         "updates": f"{max(cfg.steps - run.steps_done, 0)} to do of {cfg.steps}",
     }
     return nb.hardware_card(facts, title="What the run will need")
+
+
+def _teacher(run: "Run") -> dict[str, str]:
+    """What a teacher that runs in every update adds: no backward pass, no optimizer."""
+    if run.frozen is None or run.blueprint.teacher is None:
+        return {}
+    config = run.blueprint.teacher.definition.config
+    flops = model_flops_per_token(config, run.cfg.seq_len) / 3 * run.cfg.batch_size * run.cfg.seq_len
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(run.frozen)) / 2**30
+    return {"teacher": f"{flops / 1e12:.3g} TFLOP per update, {size:.2f} GiB"}
 
 
 def row(columns: dict[str, np.ndarray], tokenizer: Tokenizer, title: str) -> Any:

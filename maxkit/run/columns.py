@@ -3,7 +3,7 @@
 
 import functools
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +36,13 @@ def kept_columns(
 ) -> dict[str, Columns]:
     """`compute(rows)` of every split, from the folder where an earlier start of the run left it (`NAME.npz`).
 
-    A file that is damaged or of other rows is made again.
+    A file that is damaged or of other rows is made again. Before the first saved update it always is: nothing in the
+    folder says yet which weights it was made with.
     """
     path = run.folder / f"{name}.npz"
     digest = "".join(rows_digest(rows) for rows in splits.values())
-    found = _read(path, digest) if jax.process_count() == 1 else None  # of several hosts, not all see the folder
+    # Of several hosts, not all see the folder.
+    found = _read(path, digest, splits) if run.steps_done and jax.process_count() == 1 else None
     if found is not None:
         return found
     made = {split: compute(rows) if len(rows) else {} for split, rows in splits.items()}
@@ -54,17 +56,17 @@ def kept_columns(
     return made
 
 
-def _read(path: Path, digest: str) -> dict[str, Columns] | None:
+def _read(path: Path, digest: str, splits: Iterable[str]) -> dict[str, Columns] | None:
     if not path.exists():
         return None
     try:
         with np.load(path) as stored:
             if str(stored["digest"]) != digest:
                 return None
-            found: dict[str, Columns] = {}
+            found: dict[str, Columns] = {split: {} for split in splits}  # one without rows has no columns
             for key in set(stored.files) - {"digest"}:
                 split, column = key.split("/")
-                found.setdefault(split, {})[column] = stored[key]
+                found[split][column] = stored[key]
             return found
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None

@@ -238,8 +238,8 @@ def check_same_tokens(cfg: Distill, student: Tokenizer, teacher: Tokenizer | Non
         first = differing[0]
         raise UserError(
             f"teacher={cfg.teacher} and model={cfg.model} have different vocabularies: token {first} is "
-            f"{theirs.get(first)!r} to the teacher and {ours.get(first)!r} to the student, and {len(differing) - 1} more "
-            "differ; distillation compares token by token, and needs one tokenizer"
+            f"{theirs.get(first)!r} to the teacher and {ours.get(first)!r} to the student ({len(differing)} differ in "
+            "all); distillation compares token by token, and needs one tokenizer"
         )
 
 
