@@ -18,7 +18,7 @@ class Merged:
     The sum is taken in float32 and rounded once to the kernel's type (Hu et al. 2021, arXiv 2106.09685, section 4.1).
     """
 
-    slots = (WEIGHTS,)
+    slots: tuple[str, ...] = (WEIGHTS,)
     lora = None
 
     def __init__(self, contents: Any):

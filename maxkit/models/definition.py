@@ -201,7 +201,7 @@ class ModelDefinition:
             for path in self.matrices:
                 adapter = self.parameters.get(f"{path}/lora_a")
                 if adapter is not None:
-                    node = functools.reduce(getattr, path.split("/"), model)
+                    node: Any = functools.reduce(getattr, path.split("/"), model)
                     node.row_keys = nnx.data(RowKeys(dropout.row_keys(adapter)))
         return model
 

@@ -23,13 +23,13 @@ from maxkit.objectives import NextToken
 from maxkit.train.step import train_step
 from maxkit.types import TrainState
 
-SMALL = tiny(embed_dim=128, num_layers=3, mlp_dim=256)
+SMALL = tiny(embed_dim=64, mlp_dim=128)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("axis", [-3, -1])
 def test_the_values_are_those_of_qwix(kind, axis):
-    """To the bit in nf4; in int8 XLA divides by 127.5 with another last bit, which tips the largest weight of some tiles."""
+    """To the bit in nf4; in int8 the last bit of a scale can differ, which tips the largest of a tile."""
     qwix = pytest.importorskip("qwix")
     kernel = np.random.default_rng(0).normal(size=(128, 3, 192)).astype(np.float32)
     kernel[0] = 0.0
@@ -55,12 +55,17 @@ def quantized_params(definition, params, plain):
     return read_params(source, definition, None, report=[])
 
 
-@pytest.mark.parametrize("name", ["deepseek", "qwen3_next", "gpt_oss"])
+def logits(definition, params):
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 48
+    return np.asarray(jax.jit(lambda params: definition.merge(params)(tokens)[0])(params))
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen3_next"])
 def test_every_matrix_is_stored_small_and_means_the_rounded_weights(name):
-    """Scanned = unrolled = the plain model with the rounded weights, 1e-5 of the spread (float32 sums, other order)."""
+    """Scanned (= unrolled) = the plain model with the rounded weights, 1e-5 of the spread (float32 sums, other order)."""
     config, lora = FAMILIES[name], LoraConfig(rank=2, base_weight_dtype="nf4")
-    tokens, found = np.arange(24).reshape(2, 12) % 48, []
-    for scan in (True, False):
+    found = []
+    for scan in (True, False)[: 2 if name == "deepseek" else 1]:
         plain = ModelDefinition(config, Execution(scan_layers=scan))
         definition = ModelDefinition(config, Execution(scan_layers=scan), lora)
         params = quantized_params(definition, weights(plain), plain)
@@ -69,12 +74,13 @@ def test_every_matrix_is_stored_small_and_means_the_rounded_weights(name):
         assert not any(f"{path}/kernel" in definition.parameters for path in definition.matrices)
         loaded = Loaded(definition, params, None, (), "made here")
         assert definition.num_params == ModelDefinition(config, lora=LoraConfig(rank=2)).num_params
-        found.append(np.asarray(loaded.model(tokens)[0]))
+        found.append(logits(loaded.definition, loaded.params))
         if scan:
-            found.append(np.asarray(loaded.merged().model(tokens)[0]))
+            merged = loaded.merged()
+            found.append(logits(merged.definition, merged.params))
     for other in found[1:]:
         assert np.abs(other - found[0]).max() < 1e-5 * np.ptp(found[0])
-    exact = np.asarray(plain.merge(weights(plain))(tokens)[0])
+    exact = logits(plain, weights(plain))
     assert 1e-3 < np.abs(exact - found[0]).max() / np.ptp(exact)
 
 
