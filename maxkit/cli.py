@@ -84,6 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--topology", required=True, metavar="v5e:2x2", help="chips and their arrangement")
     add.set_defaults(command=plan_recipe)
 
+    add = commands.add_parser("check", help="are the committed notebooks whole, clean and of today's code?")
+    add.add_argument(
+        "notebooks", nargs="*", metavar="NOTEBOOK", help="only these; otherwise all, and what is around them"
+    )
+    add.set_defaults(command=check_notebooks)
+
     add = commands.add_parser("refresh", help="re-execute committed notebooks and renew what is generated in them")
     add.add_argument("notebooks", nargs="+", metavar="NOTEBOOK", help="such as recipes/sft.ipynb")
     add.set_defaults(command=refresh_notebooks)
@@ -223,6 +229,17 @@ def plan_recipe(arguments: argparse.Namespace) -> int:
     given = {name: (value, "command line") for name, value in _pairs(arguments.parameters).items()}
     config = resolve(arguments.recipe, file=arguments.config, given=given)
     return plan(training(config), arguments.topology)
+
+
+def check_notebooks(arguments: argparse.Namespace) -> int:
+    """List what the guards find: exit code 0 where that is nothing, 1 otherwise."""
+    from maxkit.nb import guards
+
+    found = guards.check_notebooks(arguments.notebooks) if arguments.notebooks else guards.check_tree(guards.checkout())
+    for problem in found:
+        print(problem)
+    print(f"{len(found)} problems" if found else "clean")
+    return 1 if found else 0
 
 
 def refresh_notebooks(arguments: argparse.Namespace) -> int:

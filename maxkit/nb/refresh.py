@@ -3,29 +3,24 @@
 
 Generated are the cell tagged `parameters` of a recipe (name, default and meaning of every field) and the table between
 the `parameters: begin` and `end` comments. The run happens in an empty folder, so that no run of the user's is
-continued or lost; its record goes to `results/` beside the recipe. Next to read: `execute.py`.
+continued or lost; its record goes to `results/` beside the recipe, and a stamp of code, outputs and record into the
+notebook's metadata. Next to read: `execute.py`, `guards/freshness.py`.
 """
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from maxkit.config import RECIPES, Convert, Parameters, parameter_table
+from maxkit.config import RECIPES, Parameters
 from maxkit.errors import CheckFailed, UserError
-from maxkit.train.config import SCAN_LAYERS
+from maxkit.nb.guards.freshness import STAMP, stamp
+from maxkit.nb.parameters_cell import BEGIN, END, parameters_details, parameters_source
+from maxkit.nb.record import REPORT, write_json
 
-# What people change first comes first; the rest follows in the order of the configuration.
-FIRST: tuple[str, ...] = ("run_dir", "model", "dataset", "steps", "batch_size", "seq_len", "learning_rate")
-FIRST += ("lora_rank", "scan_layers", "mesh", "seed")
-SHORT = {
-    SCAN_LAYERS: "true, false or None: loaded from the checkpoint; an explicit value must match it",
-    Convert.model_fields["scan_layers"].description: "true, false or None: the layout to write; otherwise the source's",
-}
-BEGIN, END = "<!-- parameters: begin (generated) -->", "<!-- parameters: end -->"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -50,40 +45,18 @@ def refresh(notebook: str | Path) -> dict[str, Any] | None:
     recipe = next((name for name, entry in RECIPES.items() if entry.notebook == path.name), None)
     if recipe is not None:
         _generate(book, RECIPES[recipe].config)
+    book = _formatted(book, path)  # before the run: what is stamped is the code that ran
     with tempfile.TemporaryDirectory(prefix="maxkit-refresh-") as folder:
         _execute(book, path, folder)
-        report = Path(folder, "runs", path.stem, "report.json")
+        report = Path(folder, "runs", path.stem, REPORT)
         record = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
-        nbformat.write(book, path)
-        if record is not None:
-            results = path.parent / "results"
-            results.mkdir(exist_ok=True)
-            shutil.copy(report, results / f"{path.stem}-{record['environment']['platform']}.json")
-    _format(path)
+    book.metadata = METADATA | {STAMP: stamp(book, record)}
+    if record is not None:
+        write_json(path.parent / "results" / f"{path.stem}-{record['environment']['platform']}.json", record)
+    working = path.with_name(f".{path.name}.{os.getpid()}")
+    nbformat.write(book, working)
+    os.replace(working, path)
     return record
-
-
-def parameters_source(kind: type[Parameters], title: str) -> str:
-    """The source of a recipe's parameters cell: `title`, then one line for each field."""
-    table = {row["name"]: row for row in parameter_table(kind)}
-    names = [name for name in FIRST if name in table] + [name for name in table if name not in FIRST]
-    return "\n".join([title, *(_assignment(table[name]) for name in names)])
-
-
-def _assignment(row: dict[str, Any]) -> str:
-    value, meaning = row["default"], SHORT.get(row["meaning"], row["meaning"]).rstrip(".")
-    shown = json.dumps(value) if isinstance(value, str) else repr(value)
-    # papermill reads the type from the annotation; of None there is none to give.
-    kind = f": {type(value).__name__}" if value is not None else ""
-    return f"{row['name']}{kind} = {shown}  # {meaning}"
-
-
-def parameters_details(kind: type[Parameters]) -> str:
-    """The table of all parameters, folded, between its two comments."""
-    rows = [[f"`{r['name']}`", r["type"], f"`{r['default']!r}`", r["meaning"]] for r in parameter_table(kind)]
-    head = ["| name | type | default | meaning |", "| --- | --- | --- | --- |"]
-    body = ["| " + " | ".join(cell.replace("|", "or") for cell in row) + " |" for row in rows]
-    return "\n".join([BEGIN, "<details><summary>All parameters</summary>", "", *head, *body, "", "</details>", END])
 
 
 def _generate(book: Any, kind: type[Parameters]) -> None:
@@ -97,18 +70,19 @@ def _generate(book: Any, kind: type[Parameters]) -> None:
 
 def _execute(book: Any, path: Path, folder: str) -> None:
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     client = NotebookClient(book, timeout=3600, kernel_name="python3", resources={"metadata": {"path": folder}})
     try:
         client.execute()
     except CellExecutionError as error:
         raise CheckFailed(f"{path} is left as it was: {error.ename}: {error.evalue}") from None
+    except (CellTimeoutError, DeadKernelError) as error:
+        raise CheckFailed(f"{path} is left as it was: {error}") from None
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # when each cell ran: another text in every run
         if cell.cell_type == "code":
             cell.outputs = _joined(cell.outputs)
-    book.metadata = METADATA
 
 
 def _joined(outputs: list[Any]) -> list[Any]:
@@ -123,6 +97,10 @@ def _joined(outputs: list[Any]) -> list[Any]:
     return joined
 
 
-def _format(path: Path) -> None:
+def _formatted(book: Any, path: Path) -> Any:
     """As the linter wants it, where there is one."""
-    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", str(path)], check=False, capture_output=True)
+    import nbformat
+
+    command = [sys.executable, "-m", "ruff", "format", "--quiet", "--stdin-filename", str(path), "-"]
+    done = subprocess.run(command, input=nbformat.writes(book), capture_output=True, text=True)
+    return nbformat.reads(done.stdout, 4) if done.returncode == 0 else book
