@@ -20,6 +20,7 @@ __getattr__, __dir__ = attach(
         "optim": "maxkit.optim",
         "infer": "maxkit.infer",
         "eval": "maxkit.eval",
+        "interop": "maxkit.interop",
         "UserError": "maxkit.errors:UserError",
     },
 )

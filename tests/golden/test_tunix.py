@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A maxkit model under Tunix 0.1.7: its trainers, its learner, its sampler, on a tiny model, dense and MoE with dropout.
+
+Everything goes through public extension points: at the end, every attribute of tunix and jax is what it was before.
+"""
+
+import sys
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from tiny_models import random_batch, tiny, weights
+
+import maxkit
+from maxkit.checkpoint.load import Loaded
+from maxkit.data.preferences import encode_side
+from maxkit.data.tokenizer import train_bpe
+from maxkit.errors import UserError
+from maxkit.infer.engine import Engine
+from maxkit.models.config import BlockSpec, Execution, MoeConfig
+from maxkit.models.definition import ModelDefinition
+from maxkit.models.lora import LoraConfig
+from maxkit.objectives import next_token
+from maxkit.rl.config import RlConfig
+from maxkit.rl.prompts import load_prompts
+from maxkit.rl.rewards import parse_rewards
+from maxkit.train.step import compile_train_step
+from maxkit.types import TrainState
+
+pytest.importorskip("tunix", reason="google-tunix is not installed: pip install 'maxkit[post-train]'")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Tunix warns about itself
+    pytest.mark.usefixtures("tunix_modules"),
+]
+
+TOKENIZER = train_bpe(["0123456789+-*="], 257)
+KINDS = ("dense", "moe with dropout")
+
+
+def make_loaded(kind: str) -> Loaded:
+    sizes = {"vocab_size": 264, "max_seq_len": 64}
+    if kind == "dense":
+        definition = ModelDefinition(tiny(**sizes), Execution(scan_layers=True))
+    else:
+        moe = MoeConfig(num_experts=4, experts_per_token=2, mlp_dim=16)
+        lora = LoraConfig(rank=4, targets=("attention/*",), dropout=0.3)
+        definition = ModelDefinition(
+            tiny(**sizes, moe=moe, pattern=(BlockSpec(mlp="moe"),)), Execution(scan_layers=True), lora
+        )
+    return Loaded(definition, weights(definition), TOKENIZER, (), kind)
+
+
+@pytest.fixture(scope="module")
+def tunix_modules():
+    """Tunix's and JAX's modules and classes with what they hold, before any test of this file; compared at the end."""
+    import tunix  # noqa: F401
+    from maxkit.interop.tunix import learner, rollout  # noqa: F401
+
+    before = _attributes()
+    yield
+    after = _attributes()
+    changed = [name for name, value in before.items() if after.get(name, None) is not value]
+    assert not changed, f"replaced: {changed[:20]}"
+
+
+def _attributes() -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in ("tunix", "jax") and isinstance(module, ModuleType):
+            for key, value in list(vars(module).items()):
+                if callable(value):
+                    found[f"{name}.{key}"] = value
+                if isinstance(value, type) and value.__module__.startswith(("tunix", "jax")):
+                    found |= {f"{name}.{key}.{k}": v for k, v in vars(value).items() if callable(v)}
+    return found
+
+
+def test_the_comparison_of_attributes_would_see_a_patch(monkeypatch):
+    import tunix.rl.common
+
+    before = _attributes()
+    monkeypatch.setattr(tunix.rl.common, "make_causal_attn_mask", lambda mask: mask)
+    after = _attributes()
+    assert [n for n, v in before.items() if after[n] is not v] == ["tunix.rl.common.make_causal_attn_mask"]
+
+
+def trainer_config(**more):
+    from tunix import TrainingConfig
+
+    return TrainingConfig(eval_every_n_steps=1000, **more)
+
+
+def losses(trainer) -> list[float]:
+    return [float(x) for x in trainer.metrics_logger.get_metric_history("", "loss", "train")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sft_losses_and_weights_equal_ours(kind, tmp_path):
+    from tunix import PeftTrainer
+
+    loaded = make_loaded(kind)
+    objective, optimizer = next_token.NextToken(num_tiles=2), optax.adamw(1e-2)
+    batches = [random_batch(loaded.config, seed=seed) for seed in range(3)]
+    model = maxkit.interop.tunix.for_tunix(loaded)
+    model.eval()  # both draw their masks in their own way: the same work is that without
+    trainer = PeftTrainer(model, optimizer, trainer_config(gradient_accumulation_steps=2, max_steps=4))
+    trainer.with_gen_model_input_fn(maxkit.interop.tunix.model_inputs)
+    trainer.with_loss_fn(maxkit.interop.tunix.loss_fn(objective))
+    trainer.train(list(maxkit.interop.tunix.micro_batches(objective, batches, 2)))
+
+    definition = without_dropout(loaded.definition)
+    params, base = definition.split_trainable(jax.tree.map(jnp.copy, loaded.params))
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, params, base, optimizer.init(params), jax.random.key(0))
+    ours, step = [], compile_train_step(definition, objective, optimizer, 2)
+    for batch in batches:
+        state, metrics = step(state, batch, None)
+        ours.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses(trainer), ours, rtol=1e-5)
+
+    back = maxkit.interop.tunix.trained(loaded, trainer.model)
+    expected = definition.join(state.params, state.base)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), back.params, expected)
+    maxkit.save(back, tmp_path / "saved")
+    again = maxkit.load(tmp_path / "saved")
+    jax.tree.map(np.testing.assert_array_equal, again.params, back.params)
+    if kind != "dense":
+        model.train()
+        # Tunix leaves out as many examples as it has seen.
+        trainer.train(list(maxkit.interop.tunix.micro_batches(objective, [*batches, batches[0]], 2)))
+        assert trainer.train_steps == 4 and np.isfinite(losses(trainer)[-1])
+
+
+def without_dropout(definition: ModelDefinition) -> ModelDefinition:
+    lora = definition.lora and definition.lora.model_copy(update={"dropout": 0.0})
+    return ModelDefinition(definition.config, definition.execution, lora)
+
+
+def test_dropout_is_fresh_in_training_and_off_otherwise():
+    loaded = make_loaded("moe with dropout")
+    model = maxkit.interop.tunix.for_tunix(loaded, seed=3)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 48, (2, 8)).repeat(2, axis=0))
+    first, _ = model(tokens)
+    second, _ = model(tokens)
+    assert np.abs(first - second).max() > 1e-3, "the same mask in two calls"
+    np.testing.assert_array_equal(first[0], first[1])  # equal rows, equal masks
+    model.eval()
+    plain, _ = loaded.model(tokens)
+    np.testing.assert_allclose(model(tokens)[0], plain, atol=1e-6)
+    assert np.abs(first - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dpo_starts_at_ln_2(kind):
+    from tunix import DPOTrainer, DPOTrainingConfig
+
+    loaded = make_loaded(kind)
+    loaded.tokenizer.chat_template = TEMPLATE
+    model, reference = (maxkit.interop.tunix.for_tunix(loaded) for _ in range(2))
+    reference.eval()
+    if kind != "dense":
+        model.eval()  # dropout would move the first loss off ln 2
+    pairs = []
+    for number in range(4):
+        prompt = [{"role": "user", "content": f"{number}+1="}]
+        pairs.append(tuple(encode_side(TOKENIZER, prompt, answer) for answer in (str(number + 1), "no")))
+    tokenizer = maxkit.interop.tunix.TunixTokenizer(TOKENIZER, loaded.config.vocab_size)
+    batch = maxkit.interop.tunix.preference_inputs(
+        pairs, pad_id=tokenizer.pad_id(), max_prompt_length=8, max_response_length=4
+    )
+    config = DPOTrainingConfig(eval_every_n_steps=1000, max_steps=3, max_prompt_length=8, max_response_length=4)
+    trainer = DPOTrainer(model, reference, optax.adam(1e-2), config, tokenizer=tokenizer)
+    trainer.train([batch] * 2)
+    if kind != "dense":
+        model.train()
+        trainer.train([batch] * 3)
+    found = losses(trainer)
+    assert found[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert found[1] < found[0]
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_grpo_steps(kind, tmp_path):
+    loaded = make_loaded(kind)
+    loaded.tokenizer.chat_template = None
+    cfg = RlConfig(
+        dataset="arithmetic:+", batch_size=8, num_generations=4, seq_len=16, max_new_tokens=4, rewards=REWARD, beta=0.1
+    )
+    run = maxkit.interop.tunix.GrpoRun(loaded, cfg, optimizer=optax.adam(1e-2), steps=2)
+    prompts = load_prompts(cfg.dataset, TOKENIZER, max_prompt_length=cfg.prompt_limit, seed=0)
+    history = run.train(prompts.train)
+    assert [row["step"] for row in history] == [1, 2]
+    trainer = run.cluster.actor_trainer
+    assert trainer.train_steps == 2
+    logger = trainer.metrics_logger
+    clipped = logger.get_metric_history("actor", "pg_clipfrac", "train")
+    assert float(clipped[0]) == 0.0
+    if kind == "dense":  # with dropout the policy differs from its reference before the first update
+        assert abs(float(logger.get_metric_history("actor", "kl", "train")[0])) < 1e-6
+    back = run.trained
+    assert not np.array_equal(*(_trained_leaf(x) for x in (back, loaded)))
+    maxkit.save(back, tmp_path / "saved")
+    again = maxkit.load(tmp_path / "saved")
+    jax.tree.map(np.testing.assert_array_equal, again.params, back.params)
+
+
+REWARD = r"format([\x00-\x7f].*)"  # about half of what a model of random weights writes
+
+
+def _trained_leaf(loaded: Loaded) -> np.ndarray:
+    trained, _ = loaded.definition.split_trainable(loaded.params)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(trained)])
+
+
+def test_rollouts_of_both_sides():
+    """Greedy tokens are equal; log-probs too; noise is fresh in every call; padded log-probs are the trainer's."""
+    from tunix.rl.rollout.base_rollout import RolloutConfig
+
+    interop = maxkit.interop.tunix
+    loaded = make_loaded("dense")
+    prompts = [[3, 4, 5], [7], [11, 12, 13, 14, 15]]
+    options = {"max_new_tokens": 6, "top_k": None, "top_p": None}
+    theirs = interop.TunixRollout(loaded.definition, max_prompt_length=8, max_new_tokens=6, eos_ids=(0,), pad_id=260)
+    engine = Engine(loaded.definition, loaded.params, eos_ids=(0,))
+    ours = engine.generate_batch(prompts, max_new_tokens=6)
+    greedy = theirs.generate(loaded.params, prompts, temperature=0.0, seed=0, first_request=0, **options)
+    assert greedy.tokens == ours.tokens
+    np.testing.assert_array_equal(greedy.stopped, ours.stopped)
+    np.testing.assert_allclose(np.concatenate(greedy.logps), np.concatenate(ours.logps), atol=2e-5)
+    drawn = [
+        theirs.generate(loaded.params, [prompts[0]] * 2, temperature=1.0, seed=0, first_request=first, **options).tokens
+        for first in (0, 2, 0)
+    ]
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert drawn[0][0] != drawn[0][1]
+
+    tokenizer = interop.TunixTokenizer(TOKENIZER, loaded.config.vocab_size)
+    config = RolloutConfig(max_tokens_to_generate=6, max_prompt_length=8, temperature=0.7, return_logprobs=True)
+    mesh = interop.auto_mesh()
+    rollout = interop.MaxkitRollout(rollout_actor=loaded.model, tokenizer=tokenizer, mesh=mesh, rollout_config=config)
+    first, second = (rollout.generate(["1+2="] * 3, config) for _ in range(2))
+    assert len({tuple(row) for out in (first, second) for row in out.tokens}) == 6, "noise used twice"
+    completions = np.full((3, 6), tokenizer.pad_id(), np.int32)
+    for row, tokens in enumerate(first.tokens):
+        completions[row, : len(tokens)] = tokens
+    logps = rollout.get_per_token_logps(jnp.asarray(first.left_padded_prompt_tokens), jnp.asarray(completions))
+    for row, expected in enumerate(first.logprobs):
+        np.testing.assert_allclose(logps[row, : len(expected)], expected, atol=2e-5)
+    changed = jax.tree.map(lambda x: x * 1.5, nnx.state(rollout.model(), nnx.Param))
+    rollout.update_params(changed)
+    np.testing.assert_array_equal(rollout.model().final_norm.scale[...], 1.5 * loaded.params["final_norm"]["scale"])
+
+
+def test_refusals():
+    interop = maxkit.interop.tunix
+    with pytest.raises(UserError, match="no token is left for padding"):
+        interop.TunixTokenizer(TOKENIZER, 257)
+    assert interop.TunixTokenizer(TOKENIZER, 264).pad_id() == 257
+    with pytest.raises(UserError, match="pad_id=0 is the tokenizer's eos"):
+        interop.TunixTokenizer(TOKENIZER, 264, pad_id=0)
+    with pytest.raises(UserError, match="length needs num_tokens"):
+        interop.reward_functions(parse_rewards("length(8)"))
+    (judge,) = interop.reward_functions(parse_rewards("last_number:2"))
+    assert judge.__name__ == "last_number"
+    assert judge(["1+1="] * 2, ["2", "3"], answer=np.array(["2", "2"]), mode="train") == [2.0, 0.0]
+    with pytest.raises(UserError, match=r"prompt '1\+1=': the reward last_number failed"):
+        judge(["1+1="], ["2"], answer=np.array(["two"]))
+    side = (np.array([1, 2, 257]), np.array([0.0, 1.0, 1.0]))
+    with pytest.raises(UserError, match="pair 0: its chosen holds the pad token 257"):
+        interop.preference_inputs([(side, side)], pad_id=257, max_prompt_length=4, max_response_length=4)
+    with pytest.raises(UserError, match="dynamic_sampling"):
+        interop.grpo_config(RlConfig(algorithm="dapo"))
+    with pytest.raises(UserError, match="has only overlong_buffer=0"):
+        interop.grpo_config(RlConfig(overlong_buffer=4))
+    with pytest.raises(UserError, match="must divide the 4 rows"):
+        next(interop.micro_batches(next_token.NextToken(), [random_batch(tiny())], 3))
+
+
+def test_without_tunix_one_line(monkeypatch):
+    interop = maxkit.interop.tunix
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(vars(interop), "GrpoRun", raising=False)
+    with pytest.raises(UserError, match=r"pip install 'maxkit\[post-train\]'"):
+        interop.GrpoRun  # noqa: B018
