@@ -62,7 +62,7 @@ def logits(definition, params):
 
 @pytest.mark.parametrize("name", ["deepseek", "qwen3_next"])
 def test_every_matrix_is_stored_small_and_means_the_rounded_weights(name):
-    """Scanned (= unrolled) = the plain model with the rounded weights, 1e-5 of the spread (float32 sums, other order)."""
+    """Scanned (= unrolled) = the plain model with the rounded weights, 1e-5 of the spread (sums in another order)."""
     config, lora = FAMILIES[name], LoraConfig(rank=2, base_weight_dtype="nf4")
     found = []
     for scan in (True, False)[: 2 if name == "deepseek" else 1]:
