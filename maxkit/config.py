@@ -131,7 +131,13 @@ class Distill(DistillConfig, DataConfig, RecipeConfig):
     teacher: str = Field(
         "smollm2-135m-instruct", min_length=1, description=DistillConfig.model_fields["teacher"].description
     )
+    student_layers: int = Field(10, ge=0, description=DistillConfig.model_fields["student_layers"].description)
     dataset: str = Field("chatterbot-all", description=DataConfig.model_fields["dataset"].description)
+    steps: int = Field(60, ge=0, description=TrainConfig.model_fields["steps"].description)
+    batch_size: int = Field(4, ge=1, description=TrainConfig.model_fields["batch_size"].description)
+    seq_len: int = Field(128, ge=2, description=DataConfig.model_fields["seq_len"].description)
+    eval_period: int = Field(20, ge=0, description=TrainConfig.model_fields["eval_period"].description)
+    learning_rate: float = Field(5e-4, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
 
 
 class DecoderSizes(BaseModel):
@@ -308,6 +314,13 @@ RECIPES: dict[str, RecipeEntry] = {
         "SmolLM2-135M-Instruct on multiple choice, sums and text: accuracies with intervals, against chance",
         "eval.ipynb",
         {"tasks": ("piqa", "sums", "pydoc"), "limit": 4, "seq_len": 32},
+    ),
+    "distill": RecipeEntry(
+        Distill,
+        "Distillation",
+        "a student of 10 of SmolLM2's 30 layers learns to expect what the whole model expects",
+        "distill.ipynb",
+        {"steps": 2, "batch_size": 2, "seq_len": 64, "student_layers": 2, "holdout_fraction": 0.01},
     ),
 }
 

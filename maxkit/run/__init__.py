@@ -5,6 +5,7 @@ converts, `evaluation.py` one that evaluates, `cards.py` what they show of thems
 
 from maxkit.run.cards import describe_artifacts
 from maxkit.run.conversion import ConversionRun, RoundTrip, start_conversion
+from maxkit.run.distillation import next_tokens, teacher
 from maxkit.run.evaluation import EvaluationRun, start_evaluation
 from maxkit.run.imitation import Imitated, imitate
 from maxkit.run.session import Assessment, Evaluation, Run, start
@@ -19,7 +20,9 @@ __all__ = [
     "Run",
     "describe_artifacts",
     "imitate",
+    "next_tokens",
     "start",
     "start_conversion",
     "start_evaluation",
+    "teacher",
 ]
