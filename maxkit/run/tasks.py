@@ -151,7 +151,7 @@ def row_source(run: "Run") -> RowBatches:
 class PreferenceTask:
     """Pairs of answers. A reference's log-probs are computed once, before the first update, and kept in the folder."""
 
-    headline = "rewards/accuracies"
+    headline = "rewards/margins"
 
     def load_data(self, run: "Run") -> tuple[PreferenceData, Tokenizer]:
         """Read, encode, split and pack the pairs."""
