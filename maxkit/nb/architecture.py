@@ -233,8 +233,8 @@ def agreement(config: ModelConfig, *, seed: int = 0, tokens: int = 14, prompt: i
     """
     scanned, unrolled = (ModelDefinition(config, Execution(scan_layers=scan)) for scan in (True, False))
     ids = jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, (2, tokens), np.int32))
-    whole, cached = jax.jit(functools.partial(_whole_and_cached, scanned, prompt))(_values(scanned, seed), ids)
-    other = jax.jit(lambda params: unrolled.merge(params)(ids)[0])(_values(unrolled, seed))
+    whole, cached = jax.jit(functools.partial(_whole_and_cached, scanned, prompt))(random_values(scanned, seed), ids)
+    other = jax.jit(lambda params: unrolled.merge(params)(ids)[0])(random_values(unrolled, seed))
     spread = float(jnp.std(whole))
     return {
         "unrolled": float(jnp.max(jnp.abs(other - whole))) / spread,
@@ -242,7 +242,7 @@ def agreement(config: ModelConfig, *, seed: int = 0, tokens: int = 14, prompt: i
     }
 
 
-def _values(definition: ModelDefinition, seed: int) -> dict[str, Any]:
+def random_values(definition: ModelDefinition, seed: int) -> dict[str, Any]:
     """A random tree, drawn layer by layer from the name of a tensor, so that both layouts hold the same values.
 
     With numpy: to compile `ModelDefinition.init` takes longer than all that is compared here.
