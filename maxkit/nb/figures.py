@@ -104,6 +104,43 @@ def loss_figure(
         return finish(canvas, _loss_alt(title, curves, lines or {}, band), save_as)
 
 
+def metrics_figure(
+    history: Sequence[Mapping[str, Any]],
+    panels: Mapping[str, str],
+    *,
+    title: str,
+    save_as: str | Path | None = None,
+) -> Figure:
+    """Small charts side by side, two in a row, over `step`: {what the chart shows: name in the rows of `history`}.
+
+    Each has an axis of its own that begins at 0, so that noise around nothing looks like nothing.
+
+    Raises:
+        UserError: a name is in no row.
+    """
+    with matplotlib.rc_context(STYLE):
+        rows = -(-len(panels) // 2)
+        canvas = Canvas(figsize=(SIZE[0], 0.4 + 2.1 * rows), layout="constrained", facecolor="white")
+        canvas.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+        told = []
+        for number, (label, name) in enumerate(panels.items(), start=1):
+            points = [(float(row["step"]), float(row[name])) for row in history if "step" in row and name in row]
+            if not points:
+                raise UserError(f"metrics_figure: no row of the history has {name!r}")
+            axes = canvas.add_subplot(rows, 2, number, facecolor="white")
+            marker = "o" if len(points) <= 30 else None
+            axes.plot(*zip(*points, strict=True), color=COLOURS[0], linewidth=1.5, marker=marker, markersize=3)
+            axes.set_title(label, loc="left", fontsize=10)
+            axes.set_ylim(bottom=min(0.0, *(value for _, value in points)), top=None if any(v for _, v in points) else 1)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(True, color=FAINT, linewidth=0.7)
+            axes.set_axisbelow(True)
+            told.append(f"{label} from {points[0][1]:.3g} to {points[-1][1]:.3g}")
+        canvas.supxlabel("updates", fontsize=10.5)
+        return finish(canvas, f"{len(panels)} line charts, {title}: " + "; ".join(told) + ".", save_as)
+
+
 def bars_figure(
     groups: Mapping[str, Mapping[str, float]],
     *,

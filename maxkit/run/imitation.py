@@ -23,7 +23,7 @@ from maxkit.rl.prompts import Prompt
 from maxkit.run.session import Run
 from maxkit.run.tasks import NextTokenTask
 
-COPIES = 16  # examples of each question, each with an error of its own
+EXAMPLES = 16384  # about so many, each with an error of its own: too many to learn by heart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +73,12 @@ def imitate(run: Run) -> Imitated:
 
 
 def careless(prompts: Sequence[Prompt], error: int, seed: int) -> list[tuple[Prompt, str]]:
-    """`COPIES` answers to each prompt, each off by a whole number drawn evenly from -error to error.
+    """Answers to each prompt, as many to each, each off by a whole number drawn evenly from -error to error.
 
     Raises:
         UserError: the answer of a prompt is no whole number; names the row.
     """
-    draw = np.random.default_rng([seed, error])
+    draw, copies = np.random.default_rng([seed, error]), max(EXAMPLES // max(len(prompts), 1), 1)
     found = []
     for prompt in prompts:
         try:
@@ -88,7 +88,7 @@ def careless(prompts: Sequence[Prompt], error: int, seed: int) -> list[tuple[Pro
                 f"{prompt.place}: the answer {prompt.columns.get('answer')!r} is no whole number, so it cannot be "
                 "imitated with errors: name a model, or set imitation_steps=0"
             ) from None
-        found += [(prompt, str(right + int(off))) for off in draw.integers(-error, error, COPIES, endpoint=True)]
+        found += [(prompt, str(right + int(off))) for off in draw.integers(-error, error, copies, endpoint=True)]
     return found
 
 
