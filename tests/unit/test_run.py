@@ -488,3 +488,15 @@ def test_a_lora_run_resumes_and_loads_with_its_adapters(folder, chat_model):
     again = fine_tune(broken_off(folder / "lora", folder / "lora-again"), chat_model, lora_rank=2)
     assert_same_bits(again.state, run.state)
     again.store.close()
+
+
+def test_a_run_beside_small_frozen_weights_with_dropout_resumes_to_the_bit(folder, chat_model):
+    small = {"lora_rank": 2, "lora_dropout": 0.2, "lora_targets": ("attention/*",), "base_weight_dtype": "nf4"}
+    run = fine_tune(folder / "qlora", chat_model, **small)
+    kernels = [leaf for path, leaf in run.definition.flat(run.state.base).items() if path.endswith("kernel_q")]
+    assert len(kernels) == 7 and {leaf.dtype.name for leaf in kernels} == {"uint8"}
+    run.finish()
+    assert_same_bits(load(folder / "qlora").params, run.params)
+    again = fine_tune(broken_off(folder / "qlora", folder / "qlora-again"), chat_model, **small)
+    assert_same_bits(again.state, run.state)
+    again.store.close()
