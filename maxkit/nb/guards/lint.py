@@ -12,6 +12,7 @@ from maxkit.errors import UserError
 from maxkit.nb.guards.notebook import Problem, Tree
 
 REMINDER = re.compile(r"\b(TODO|FIXME|XXX)\b")
+UNFORMATTED = re.compile(r"^(?:Would reformat:| +-->) (.+?\.ipynb)(?=:cell|$)", re.M)
 
 
 def lint(tree: Tree) -> Iterator[Problem]:
@@ -22,10 +23,9 @@ def lint(tree: Tree) -> Iterator[Problem]:
     for row in json.loads(_ruff(tree.root, "check", "--output-format=json", *map(str, names)) or "[]"):
         wrong = f"{row['code']}: {row['message']}"
         yield Problem(names[Path(row["filename"])], wrong, "make lint shows where", row.get("cell"))
-    unformatted = _ruff(tree.root, "format", "--check", *map(str, names))
-    for path, name in names.items():
-        if f"Would reformat: {path}\n" in unformatted or f"Would reformat: {name}\n" in unformatted:
-            yield Problem(name, "not formatted", f"run ruff format {name}, then maxkit refresh {name}")
+    for file in sorted(set(UNFORMATTED.findall(_ruff(tree.root, "format", "--check", *map(str, names))))):
+        name = names[tree.root / file]
+        yield Problem(name, "not formatted", f"run ruff format {name}, then maxkit refresh {name}")
     for book in tree.notebooks:
         for number, cell in book.cells():
             if found := REMINDER.search(cell.source):

@@ -92,6 +92,8 @@ def known_tags(book: Notebook) -> Iterator[Problem]:
                 yield book.problem(number, f"unknown tag {tag!r}", f"allowed: {', '.join(sorted(TAGS))}")
             elif cell.cell_type != "code":
                 yield book.problem(number, f"tag {tag!r} on a text", "tag code cells only")
+        if cell.cell_type == "code" and "NBVAL_" in cell.source:
+            yield book.problem(number, "a NBVAL_ comment", "tag the cell nbval-ignore-output, where readers see it")
         if "thumbnail" in tags_of(cell):
             thumbnails.append(number)
             if not images(cell):
