@@ -16,6 +16,7 @@ __getattr__, __dir__ = attach(
         "loss_figure": "maxkit.nb.figures:loss_figure",
         "bars_figure": "maxkit.nb.figures:bars_figure",
         "intervals_figure": "maxkit.nb.figures:intervals_figure",
+        "metrics_figure": "maxkit.nb.figures:metrics_figure",
         "expect": "maxkit.nb.checks:expect",
         "check_all": "maxkit.nb.checks:check_all",
         "write_report": "maxkit.nb.record:write_report",

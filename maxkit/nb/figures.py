@@ -131,7 +131,8 @@ def metrics_figure(
             marker = "o" if len(points) <= 30 else None
             axes.plot(*zip(*points, strict=True), color=COLOURS[0], linewidth=1.5, marker=marker, markersize=3)
             axes.set_title(label, loc="left", fontsize=10)
-            axes.set_ylim(bottom=min(0.0, *(value for _, value in points)), top=None if any(v for _, v in points) else 1)
+            values = [value for _, value in points]
+            axes.set_ylim(bottom=min(0.0, *values), top=None if any(values) else 1.0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(True, color=FAINT, linewidth=0.7)
