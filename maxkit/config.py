@@ -117,11 +117,19 @@ class Dpo(LoraFields, PreferenceConfig, DataConfig, RecipeConfig):
         description="Pairs: a packaged set of questions (piqa, openbookqa, commonsenseqa), right option preferred, "
         "or a .jsonl or .parquet file with prompt, chosen and rejected.",
     )
+    limit: int = Field(320, ge=0, description=PreferenceConfig.model_fields["limit"].description)
+    holdout_fraction: float = Field(0.25, ge=0, lt=1, description="Share of the prompts kept for evaluation.")
+    too_long: Literal["drop", "truncate"] = Field(
+        "drop", description="What happens to a pair whose sides together exceed seq_len; both are counted and reported."
+    )
+    packing: bool = Field(True, description="Put several pairs into one row; false gives one a row.")
+    deduplicate: bool = Field(True, description="Drop exact repeats of a pair, so that none is also held out.")
     eval_period: int = Field(10, ge=0, description=TrainConfig.model_fields["eval_period"].description)
     steps: int = Field(30, ge=0, description=TrainConfig.model_fields["steps"].description)
     batch_size: int = Field(4, ge=1, description="Rows of pairs per update over all hosts.")
     seq_len: int = Field(256, ge=2, description="Tokens in a row, which holds both sides of each of its pairs.")
-    learning_rate: float = Field(2e-5, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
+    learning_rate: float = Field(5e-4, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
+    lora_rank: int = Field(8, ge=0, description=LoraFields.model_fields["lora_rank"].description)
 
 
 class Distill(DistillConfig, DataConfig, RecipeConfig):
@@ -314,6 +322,13 @@ RECIPES: dict[str, RecipeEntry] = {
         "SmolLM2-135M-Instruct on multiple choice, sums and text: accuracies with intervals, against chance",
         "eval.ipynb",
         {"tasks": ("piqa", "sums", "pydoc"), "limit": 4, "seq_len": 32},
+    ),
+    "dpo": RecipeEntry(
+        Dpo,
+        "Preference optimisation",
+        "SmolLM2-135M-Instruct learns from pairs which answer is better; margins on held-out pairs, before and after",
+        "dpo.ipynb",
+        {"steps": 2, "batch_size": 2, "seq_len": 192, "limit": 8},
     ),
     "distill": RecipeEntry(
         Distill,
