@@ -49,7 +49,7 @@ class RlConfig(DatasetConfig, TrainConfig):
         "arithmetic",
         min_length=1,
         description="Prompts: arithmetic (sums, differences and products of two digits; arithmetic:+ for some of them, "
-        "arithmetic:+:3 for three digits each), a .jsonl or .parquet file with prompt and answer, or "
+        "arithmetic:+:3 for three digits), largest (of three digits), a .jsonl or .parquet file with prompt and answer, or "
         "reasoning-gym:NAME[:SIZE].",
     )
     batch_size: int = Field(32, ge=1, description="Answers per update over all hosts.")

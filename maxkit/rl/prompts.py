@@ -107,6 +107,8 @@ def _rows(dataset: str, seed: int) -> Iterator[Row]:
     name, _, rest = dataset.partition(":")
     if name == "arithmetic":
         return _arithmetic(rest)
+    if name == "largest":
+        return _largest(rest)
     if name == "reasoning-gym":
         return _reasoning_gym(rest, seed)
     return ((found.source, found.row, found.value) for found in records(dataset))
@@ -117,15 +119,25 @@ def _arithmetic(wanted: str) -> Iterator[Row]:
     operations, _, digits = wanted.partition(":")
     if wrong := sorted(set(operations) - set(OPERATIONS)):
         raise UserError(f"dataset=arithmetic:{wanted}: {' '.join(wrong)} is not one of {' '.join(OPERATIONS)}")
-    if digits and digits not in ("2", "3", "4"):
-        raise UserError(f"dataset=arithmetic:{wanted}: {digits!r} must be 2, 3 or 4, the digits of a question")
     number = 0
     for operation in sorted(set(operations or OPERATIONS)):
-        for terms in itertools.product(range(10), repeat=int(digits or 2)):
+        for terms in _all_digits(digits or "2", f"arithmetic:{wanted}"):
             number += 1
             question = operation.join(map(str, terms))
             answer = str(functools.reduce(OPERATIONS[operation], terms))
             yield "arithmetic", number, {"prompt": f"{question}=", "answer": answer}
+
+
+def _largest(digits: str) -> Iterator[Row]:
+    """`[DIGITS]`: all questions such as "max(3,7,5)=", 10 ** DIGITS of them."""
+    for number, terms in enumerate(_all_digits(digits or "3", f"largest:{digits}"), start=1):
+        yield "largest", number, {"prompt": f"max({','.join(map(str, terms))})=", "answer": str(max(terms))}
+
+
+def _all_digits(count: str, dataset: str) -> Iterator[tuple[int, ...]]:
+    if count not in ("2", "3", "4"):
+        raise UserError(f"dataset={dataset}: {count!r} must be 2, 3 or 4, the digits of a question")
+    return itertools.product(range(10), repeat=int(count))
 
 
 def _reasoning_gym(wanted: str, seed: int) -> Iterator[Row]:
