@@ -1,98 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning curves of a recipe on held-out examples: several seeds, and a control that must not learn.
+"""What recipes learn with several seeds: held-out metrics over updates, as a table, JSON and a figure.
 
-    python benchmarks/learning_curves.py dpo --figure docs/figures/dpo-curves
+    python benchmarks/learning_curves.py distill --seeds 0 1 2
+    python benchmarks/learning_curves.py distill --seeds 0 1 2 -p steps=30 -p eval_period=15
 
-Each run lives in RUNS/RECIPE/NAME-SEED and is continued or read when it is there. Prints one JSON line a run; with
---figure it draws all of them and writes the numbers beside the figure. The seed draws the split, the order of the rows
-and the initial values of adapters; a size other than the recipe's own is given with -p NAME=VALUE.
+A seed draws the split of the data, their order and every random number. Each is a run of its own in an empty folder. What
+was measured is kept in benchmarks/results/learning-RECIPE.json by settings and seed, so that seeds may be measured one
+at a time; the figure is drawn of all seeds with the settings of this call (docs/figures/learning-RECIPE.png).
 """
 
 import argparse
 import json
-import os
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-import matplotlib
-
-import maxkit.run
+from maxkit import run as runs
 from maxkit.config import resolve
 from maxkit.nb import figures
+from maxkit.nb.record import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+# Of each recipe what is drawn, {name of the metric on held-out examples: how the axis is called}, the first one in the
+# figure; and what has to be done between reading the data and the weights.
+METRICS: dict[str, dict[str, str]] = {
+    "distill": {"kl": "KL from the teacher (nats per token)", "loss/nll": "negative log-likelihood (nats per token)"},
+}
+BEFORE_WEIGHTS: dict[str, Callable[[runs.Run], Any]] = {}
 
 
-class Curves(NamedTuple):
-    """What is drawn of a recipe: its headline metric on held-out examples, and the parameters of its control."""
-
-    title: str
-    ylabel: str
-    learns: str
-    control: str
-    control_parameters: dict[str, Any]
-
-
-RECIPES = {
-    "dpo": Curves(
-        "Held-out pairs: chosen over rejected", "margin, times beta", "as labelled", "labels swapped",
-        {"swap_labels": True},
-    ),
-}  # fmt: skip
-
-
-def learn(recipe: str, run_dir: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    """One run from start to end: its curve and its held-out metrics before and after."""
-    given = {name: (value, "keyword") for name, value in {**parameters, "run_dir": str(run_dir)}.items()}
-    run = maxkit.run.start(resolve(recipe, environ={}, given=given))
-    run.load_data()
-    run.load_model()
-    before = run.baseline().metrics
-    run.train()
-    after = run.assess().metrics
-    run.finish()
-    return {"curve": sorted(run.held_out.items()), "before": before, "after": after, "parameters": run.cfg.different()}
-
-
-def draw(shown: Curves, results: dict[str, list[dict[str, Any]]], save_as: str) -> figures.Figure:
-    """Every run as a thin line, the mean over seeds as a thick one."""
-    with matplotlib.rc_context(figures.STYLE):
-        canvas, axes = figures._card(shown.title, "updates", shown.ylabel)
-        told = []
-        for colour, (name, runs) in zip(figures.COLOURS, results.items(), strict=False):
-            curves = [list(zip(*run["curve"], strict=True)) for run in runs]
-            steps = curves[0][0]
-            mean = [sum(values) / len(values) for values in zip(*(values for _, values in curves), strict=True)]
-            for _, values in curves:
-                axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.55)
-            axes.plot(steps, mean, color=colour, linewidth=2.2, marker="o", markersize=4, label=name)
-            ends = ", ".join(f"{values[-1]:.3f}" for _, values in curves)
-            told.append(f"{name} from {mean[0]:.3f} to {mean[-1]:.3f} on average, {ends} by seed")
-        axes.axhline(0, color=figures.INK, linewidth=0.8)
-        axes.legend(frameon=False, fontsize=9.5)
-        return figures.finish(canvas, f"Line chart, {shown.title}: " + "; ".join(told) + ".", save_as)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", choices=RECIPES)
-    parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...")
-    parser.add_argument("--runs", type=Path, default=Path("runs/curves"))
-    parser.add_argument("--figure", help="path without suffix: .svg, .png and .json are written")
+def main() -> int:
+    """Measure the seeds that are asked for; print and draw what is there."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe", choices=sorted(METRICS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the recipe")
-    args = parser.parse_args()
-    shown, given = RECIPES[args.recipe], dict(item.split("=", 1) for item in args.p)
-    results: dict[str, list[dict[str, Any]]] = {shown.learns: [], shown.control: []}
-    for seed in range(args.seeds):
-        for name, extra in ((shown.learns, {}), (shown.control, shown.control_parameters)):
-            folder = args.runs / args.recipe / f"{name.replace(' ', '-')}-{seed}"
-            found = learn(args.recipe, folder, {**given, **extra, "seed": seed})
-            results[name].append(found)
-            print(json.dumps({"recipe": args.recipe, "run": name, "seed": seed, **found}), flush=True)
-    if args.figure:
-        print(draw(shown, results, args.figure))
-        Path(f"{args.figure}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    arguments = parser.parse_args()
+    settings = " ".join(sorted(arguments.p)) or "default"
+    path = ROOT / "benchmarks" / "results" / f"learning-{arguments.recipe}.json"
+    for seed in arguments.seeds:
+        curve = measure(arguments.recipe, seed, dict(item.split("=", 1) for item in arguments.p))
+        # Read again: another process may have added a seed.
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known.setdefault(settings, {})[str(seed)] = curve
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, known)
+    print(table(arguments.recipe, known[settings]))
+    print(draw(arguments.recipe, known[settings]).alt)
+    return 0
+
+
+def measure(recipe: str, seed: int, given: dict[str, str]) -> dict[str, dict[str, float]]:
+    """{update: metrics on the held-out examples} of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = {**given, "seed": seed, "run_dir": folder}
+        cfg = resolve(recipe, environ={}, given={name: (value, "keyword") for name, value in values.items()})
+        run = runs.start(cfg)
+        run.load_data()
+        BEFORE_WEIGHTS.get(recipe, lambda run: None)(run)
+        run.load_model()
+        points = {0: run.evaluate().metrics}
+        run.train()
+        lines = map(json.loads, (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        for line in lines:
+            found = {name.removeprefix("held_out/"): x for name, x in line.items() if name.startswith("held_out/")}
+            if found:
+                points[int(line["step"])] = found
+        points[run.steps_done] = run.evaluate().metrics
+        run.store.close()
+    return {str(step): {name: metrics[name] for name in METRICS[recipe]} for step, metrics in sorted(points.items())}
+
+
+def table(recipe: str, curves: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Before and after by seed, in Markdown."""
+    names = METRICS[recipe]
+    lines = [f"| seed | {' | '.join(names.values())} |", f"| --- {'| --- ' * len(names)}|"]
+    for seed, points in sorted(curves.items(), key=lambda item: int(item[0])):
+        first, last = points["0"], points[max(points, key=int)]
+        lines.append(f"| {seed} | {' | '.join(f'{first[n]:.2f} to {last[n]:.2f}' for n in names)} |")
+    return "\n".join(lines)
+
+
+def draw(recipe: str, curves: dict[str, dict[str, dict[str, float]]]) -> figures.Figure:
+    """The recipe's first metric over updates, a line a seed."""
+    name, axis = next(iter(METRICS[recipe].items()))
+    lines = {f"seed {seed}": sorted((int(step), point[name]) for step, point in points.items())
+             for seed, points in sorted(curves.items(), key=lambda item: int(item[0]))}  # fmt: skip
+    label, first = next(iter(lines.items()))
+    return figures.loss_figure(
+        [{"step": step, name: value} for step, value in first],
+        y=name,
+        label=label,
+        others={other: line for other, line in lines.items() if other != label},
+        title=f"{recipe}: held-out examples, {len(lines)} seed{'s' * (len(lines) > 1)}",
+        ylabel=axis,
+        save_as=ROOT / "docs" / "figures" / f"learning-{recipe}",
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -57,9 +57,10 @@ def loss_figure(
     band: tuple[float, float] | Sequence[tuple[float, float, float]] | None = None,
     title: str = "Training loss",
     ylabel: str = "loss (nats per token)",
+    label: str = "training",
     save_as: str | Path | None = None,
 ) -> Figure:
-    """The curve of `y` over `step` in `history` (rows of metrics).
+    """The curve of `y` over `step` in `history` (rows of metrics), named `label`.
 
     `others` are more curves, {label: [(step, value)]}; `lines` horizontal marks, {label: value}; `band` the
     grey expected range of the last value, (low, high), or of the curve, [(step, low, high)]. `save_as` is a
@@ -82,10 +83,10 @@ def loss_figure(
             at, low, high = zip(*rows, strict=True)
             axes.fill_between(at, low, high, color=BAND, zorder=0, label="expected")
         curves = {
-            "training": points,
+            label: points,
             **{k: [(float(s), float(v)) for s, v in c] for k, c in (others or {}).items()},
         }
-        for colour, (label, curve) in zip(COLOURS, curves.items(), strict=False):
+        for colour, (name, curve) in zip(COLOURS, curves.items(), strict=False):
             # Few points are marked: one point alone would otherwise draw nothing.
             marker = "o" if len(curve) <= 30 else None
             axes.plot(
@@ -94,10 +95,10 @@ def loss_figure(
                 marker=marker,
                 markersize=3.5,
                 linewidth=1.8,
-                label=label,
+                label=name,
             )
-        for style, (label, value) in zip(("--", ":", "-."), (lines or {}).items(), strict=False):
-            axes.axhline(value, color=INK, linestyle=style, linewidth=1.2, label=f"{label} {value:.2f}")
+        for style, (mark, value) in zip(("--", ":", "-."), (lines or {}).items(), strict=False):
+            axes.axhline(value, color=INK, linestyle=style, linewidth=1.2, label=f"{mark} {value:.2f}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, fontsize=9.5)
