@@ -150,6 +150,20 @@ def test_convert_proves_what_it_wrote_and_fails_where_it_is_wrong(tmp_path):
     assert not all(check["passed"] for check in report(tmp_path / "run")["checks"])
 
 
+def test_dpo_starts_at_its_reference(tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"What is {i} + 1?", "chosen": str(i + 1), "rejected": "blue"} for i in range(8)]
+    mine.write_text("\n".join(map(json.dumps, [*rows, {"prompt": "?", "chosen": "a", "rejected": "a"}])))
+    done = papermill("dpo", tmp_path / "run", dataset=mine, steps=2, batch_size=2, seq_len=128, limit=0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = report(tmp_path / "run")
+    assert found["parameters"]["limit"] == 0 and found["explicit"]["limit"] == "papermill"
+    assert losses(tmp_path / "run")[0] == pytest.approx(0.6931, abs=1e-4)
+    assert found["metrics"]["held_out/before"] == pytest.approx(0.6931, abs=1e-4)
+    assert "held_out/rewards/margins_at_2" in found["metrics"] and (tmp_path / "run" / "reference.npz").exists()
+    assert load(tmp_path / "run").definition.lora.rank == 8
+
+
 def test_eval_measures_what_it_is_told(tmp_path):
     mine = tmp_path / "mine.jsonl"
     row = {"question": "The capital of France is", "options": ["Tokyo", "Paris"], "answer": "Paris"}
