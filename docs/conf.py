@@ -50,4 +50,12 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
+    "logo": {"image_light": "_static/favicon.svg", "image_dark": "_static/favicon.svg", "text": "maxkit"},
+    "footer_content_items": ["copyright"],
+    # Search and the switch of the theme stand in the page's own bars already.
+    "navbar_start": [],
+    "navbar_center": [],
+    "navbar_end": [],
+    "navbar_persistent": [],
 }
+html_context = {"default_mode": "auto"}

@@ -17,7 +17,6 @@ from maxkit.config import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_MEASURED = "not measured"
-PLATFORMS = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,8 @@ def entries() -> list[Entry]:
         if notebook.is_file():
             page = f"recipes/{notebook.stem}"
             records = tuple(run_records(name))
-            found.append(Entry("recipe", name, recipe.title, f"{recipe.result}.", notebook, page, records))
+            summary = f"{recipe.result[0].upper()}{recipe.result[1:]}."
+            found.append(Entry("recipe", name, recipe.title, summary, notebook, page, records))
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         title, summary = _introduction(read(notebook))
         page, records = f"tutorials/{notebook.stem}", tuple(run_records(notebook.stem))
@@ -90,7 +90,7 @@ def chips(entry: Entry) -> list[tuple[str, str]]:
         found += [("time", seconds(record["seconds"]["total"])), ("hardware", hardware(record))]
         found += [("memory", memory(record))] if memory(record) else []
     if not found:
-        found = [("time", f"time {NOT_MEASURED}")]
+        return [("time", f"time {NOT_MEASURED}")]
     return [*found, ("cost", cost(entry.records))]
 
 

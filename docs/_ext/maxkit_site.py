@@ -14,7 +14,7 @@ import notebook_pages
 from entries import entries
 from notebook_pages import write_if_changed
 from recipe_builder import builder_script
-from site_directives import Builder, ErrorIndex, FirstRun, Gallery, PublicSurface, thumbnail_path
+from site_directives import Builder, ErrorIndex, FirstRun, Gallery, PublicSurface, Thumbnail, thumbnail_path
 
 GENERATED = "_generated"  # below docs/, copied to the site's _static
 
@@ -22,6 +22,7 @@ GENERATED = "_generated"  # below docs/, copied to the site's _static
 def setup(app: Any) -> dict[str, Any]:
     """Connect everything."""
     app.add_directive("gallery", Gallery)
+    app.add_directive("thumbnail", Thumbnail)
     app.add_directive("first-run", FirstRun)
     app.add_directive("builder", Builder)
     app.add_directive("error-index", ErrorIndex)
@@ -115,8 +116,10 @@ def _field(row: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    parts = re.split(r"(``[^`]+``|`[^`]+`)", text)
-    return "".join(
-        f"``{part.strip('`')}``" if i % 2 else re.sub(r"([*|\\]|(?<=\w)_(?=\W|$))", r"\\\1", part)
-        for i, part in enumerate(parts)
-    )
+    pieces = []
+    for i, part in enumerate(re.split(r"(``[^`]+``|`[^`]+`)", text)):
+        if i % 2:  # code; a letter right behind it needs an (invisible) end
+            pieces.append(f"``{part.strip('`')}``\\ ")
+        else:
+            pieces.append(re.sub(r"([*|\\]|(?<=\w)_(?=\W|$))", r"\\\1", part))
+    return "".join(pieces)

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from entries import Entry, entries, hardware, memory, plan_records, seconds
+from entries import Entry, cost, entries, hardware, memory, plan_records, seconds
 from pydantic import ValidationError
 
 from maxkit.config import RECIPES, Parameters, RecipeConfig, parameter_table
 from maxkit.mesh_axes import parse_mesh
-from maxkit.nb.parameters_cell import FIRST
+from maxkit.nb.parameters_cell import FIRST, SHORT
 from maxkit.plan.topology import KNOWN
 
 PROBE = "some folder/it's $x"  # a text that needs quoting: what is taken as it is takes any text
@@ -35,8 +35,12 @@ ROW_AXES = ("data", "fsdp", "expert")  # the axes that divide the rows of a micr
 
 def builder_script() -> str:
     """The script that hands the data over; a page opened from a disk may not fetch a file."""
-    recipes = [recipe(entry) for entry in entries() if entry.kind == "recipe"]
-    return f"window.maxkitBuilder = {json.dumps({'recipes': recipes, 'hardware': machines()})};\n"
+    return f"window.maxkitBuilder = {json.dumps(builder_data())};\n"
+
+
+def builder_data() -> dict[str, Any]:
+    """All recipes and machines."""
+    return {"recipes": [recipe(entry) for entry in entries() if entry.kind == "recipe"], "hardware": machines()}
 
 
 def recipe(entry: Entry) -> dict[str, Any]:
@@ -61,6 +65,7 @@ def recipe(entry: Entry) -> dict[str, Any]:
                 "hardware": hardware(record),
                 "seconds": seconds(record["seconds"]["total"]),
                 "memory": memory(record),
+                "cost": cost((record,)),
                 "changed": sorted(record["explicit"]),
             }
             for record in entry.records
@@ -89,7 +94,7 @@ def ordered(kind: type[Parameters]) -> list[dict[str, Any]]:
 def option(kind: type[Parameters], row: dict[str, Any], values: list[Any], dependent: bool) -> dict[str, Any]:
     """One control: a list of choices, a number, a text, or the mesh, whose choices depend on the machine."""
     name, default = row["name"], row["default"]
-    found = {"name": name, "meaning": row["meaning"], "type": row["type"], "common": row["common"]}
+    found = {"name": name, "meaning": SHORT.get(row["meaning"], row["meaning"]), "type": row["type"], "common": row["common"]}
     found["default"] = as_text(default)
     if name == "mesh":
         return found | {"kind": "mesh"}

@@ -2,6 +2,7 @@
 """Directives whose content comes from the registry, the records and the other pages.
 
     gallery        cards of all recipes or all tutorials
+    thumbnail      the figure of one notebook, leading to its page
     first-run      what the first command does, in numbers of its committed record
     builder        the form of the recipe builder, filled by `_static/builder.js`
     error-index    every error text that a page explains, with a link to it
@@ -50,6 +51,18 @@ def card(entry: Entry, up: str) -> str:
         f'<div class="mk-card-body"><p class="mk-card-title">{link}</p><p>{html.escape(entry.summary)}</p>'
         f"{chips_html(entry)}</div></article>"
     )
+
+
+class Thumbnail(SphinxDirective):
+    """The figure of one notebook, leading to its page."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """The linked image."""
+        entry = next(entry for entry in entries() if entry.name == self.arguments[0])
+        image = f'<img src="_static/{thumbnail_path(entry)}" alt="{html.escape(entry.thumbnail[1])}">'
+        return [nodes.raw("", f'<a href="{entry.page}.html">{image}</a>', format="html")]
 
 
 def thumbnail_path(entry: Entry) -> str:
@@ -161,7 +174,7 @@ class PublicSurface(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Inserts autodoc directives in place of this one."""
         names = {name: getattr(maxkit, name) for name in dir(maxkit)}
-        lines = ["The names of the package itself", "-------------------------------", ""]
+        lines = ["``maxkit``", "----------", ""]
         for name, value in names.items():
             if not inspect.ismodule(value):
                 lines += _autodoc("maxkit", name, value)

@@ -109,7 +109,7 @@
     if (!records.length) found.push(["Time", "not measured on this hardware"]);
     else if (changed.length) found.push(["Time with these settings", "not measured"]);
     if (machine.platform === "tpu" && recipe.trains) found.push(["Memory of a chip", planned(changed)]);
-    found.push(["Cost", "not measured"]);
+    found.push(["Cost", !changed.length && records[0] ? records[0].cost.replace(/^cost /, "") : "not measured"]);
     return found;
   }
 
@@ -150,7 +150,9 @@
     }
     const help = element("span", { class: "mk-help", id: `${id}-help` }, o.meaning);
     const wrong = element("span", { class: "mk-problem", id: `${id}-problem` });
-    return element("div", { class: "mk-option" }, element("label", { for: id }, o.name), input, help, wrong);
+    const alone = o.kind === "mesh" && machine.meshes.length === 1; // one device: nothing to arrange
+    const shell = { class: "mk-option", ...(alone && { hidden: "" }) };
+    return element("div", shell, element("label", { for: id }, o.name), input, help, wrong);
   }
 
   function show(note = "") {
@@ -196,7 +198,6 @@
     const o = option(event.target.name);
     const text = event.target.value.trim();
     values[o.name] = text === "" && event.target.tagName === "INPUT" ? o.default : text;
-    // Another mesh may need another number of rows, and the choice of it was possible only if there is one.
     show();
   }
 
