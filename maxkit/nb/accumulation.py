@@ -6,6 +6,7 @@ maxkit trains with is `train/step.py`; the averaging below exists nowhere else.
 """
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def text_batch(texts: Sequence[str], seq_len: int) -> Batch:
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
     """The rows that the training step takes together: every count-th."""
-    return [jax.tree.map(lambda x: x[number::count], batch) for number in range(count)]
+    return [jax.tree.map(operator.itemgetter(slice(number, None, count)), batch) for number in range(count)]
 
 
 # --- updates ----------------------------------------------------------------------------------
