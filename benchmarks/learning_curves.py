@@ -4,15 +4,17 @@
     python benchmarks/learning_curves.py distill --seeds 0 1 2
     python benchmarks/learning_curves.py distill --seeds 0 1 2 -p steps=30 -p eval_period=15
 
-A seed draws the split of the data, their order and every random number. Each is a run of its own in an empty folder. What
-was measured is kept in benchmarks/results/learning-RECIPE.json by settings and seed, so that seeds may be measured one
-at a time; the figure is drawn of all seeds with the settings of this call (docs/figures/learning-RECIPE.png).
+A seed draws the split of the data, their order and every random number. Each is a run of its own in an empty folder.
+What was measured is kept in benchmarks/results/learning-RECIPE.json by settings and seed, so that seeds may be measured
+one at a time; the figure is drawn of all seeds with the settings of this call (docs/figures/learning-RECIPE.png).
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 from maxkit import run as runs
 from maxkit.config import resolve
 from maxkit.nb import figures
+from maxkit.rl.answers import FIRST_EVALUATION_REQUEST, Answerer, Answers
 from maxkit.nb.record import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
