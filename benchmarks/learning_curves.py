@@ -15,23 +15,47 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from maxkit import run as runs
 from maxkit.config import resolve
 from maxkit.nb import figures
-from maxkit.rl.answers import FIRST_EVALUATION_REQUEST, Answerer, Answers
 from maxkit.nb.record import write_json
+from maxkit.rl.answers import FIRST_EVALUATION_REQUEST, Answerer, Answers
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of each recipe what is drawn, {name of the metric on held-out examples: how the axis is called}, the first one in the
 # figure; and what has to be done between reading the data and the weights.
 METRICS: dict[str, dict[str, str]] = {
     "distill": {"kl": "KL from the teacher (nats per token)", "loss/nll": "negative log-likelihood (nats per token)"},
+    "grpo": {"reward": "mean reward"},
 }
-BEFORE_WEIGHTS: dict[str, Callable[[runs.Run], Any]] = {}
+BEFORE_WEIGHTS: dict[str, Callable[[runs.Run], Any]] = {"grpo": runs.imitate}
+
+
+class ShuffledRewards(Answerer):
+    """A control: in training every reward goes to some answer, seldom to its own, so nothing can be learned."""
+
+    def __call__(self, params: Any, prompts: Any, *, first_request: int, temperature: float | None = None) -> Answers:
+        """As `Answerer` says; the answers of an evaluation keep their rewards."""
+        answers = super().__call__(params, prompts, first_request=first_request, temperature=temperature)
+        if first_request >= FIRST_EVALUATION_REQUEST:
+            return answers
+        rewards = np.random.default_rng(first_request).permutation([one.reward for one in answers.answered])
+        given = [one._replace(reward=float(r)) for one, r in zip(answers.answered, rewards, strict=True)]
+        return dataclasses.replace(answers, answered=given)
+
+
+def shuffle_rewards(run: runs.Run) -> None:
+    """The control of a run with rewards."""
+    true = run.data.answerer
+    run.data = dataclasses.replace(run.data, answerer=ShuffledRewards(true.cfg, true.rollout, true.tokenizer))
+
+
+CONTROLS: dict[str, Callable[[runs.Run], None]] = {"grpo": shuffle_rewards}
 
 
 def main() -> int:
@@ -40,22 +64,27 @@ def main() -> int:
     parser.add_argument("recipe", choices=sorted(METRICS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the recipe")
+    parser.add_argument("--control", action="store_true", help="a run that must learn nothing")
     arguments = parser.parse_args()
+    if arguments.control and arguments.recipe not in CONTROLS:
+        parser.error(f"--control: there is one for {', '.join(CONTROLS)}")
     settings = " ".join(sorted(arguments.p)) or "default"
+    settings += " (control)" if arguments.control else ""
     path = ROOT / "benchmarks" / "results" / f"learning-{arguments.recipe}.json"
     for seed in arguments.seeds:
-        curve = measure(arguments.recipe, seed, dict(item.split("=", 1) for item in arguments.p))
+        curve = measure(arguments.recipe, seed, dict(item.split("=", 1) for item in arguments.p), arguments.control)
         # Read again: another process may have added a seed.
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known.setdefault(settings, {})[str(seed)] = curve
         path.parent.mkdir(exist_ok=True)
         write_json(path, known)
     print(table(arguments.recipe, known[settings]))
-    print(draw(arguments.recipe, known[settings]).alt)
+    if not arguments.control:
+        print(draw(arguments.recipe, known[settings]).alt)
     return 0
 
 
-def measure(recipe: str, seed: int, given: dict[str, str]) -> dict[str, dict[str, float]]:
+def measure(recipe: str, seed: int, given: dict[str, str], control: bool) -> dict[str, dict[str, float]]:
     """{update: metrics on the held-out examples} of one run."""
     with tempfile.TemporaryDirectory() as folder:
         values = {**given, "seed": seed, "run_dir": folder}
@@ -63,6 +92,8 @@ def measure(recipe: str, seed: int, given: dict[str, str]) -> dict[str, dict[str
         run = runs.start(cfg)
         run.load_data()
         BEFORE_WEIGHTS.get(recipe, lambda run: None)(run)
+        if control:
+            CONTROLS[recipe](run)
         run.load_model()
         points = {0: run.evaluate().metrics}
         run.train()

@@ -49,8 +49,8 @@ class RlConfig(DatasetConfig, TrainConfig):
         "arithmetic",
         min_length=1,
         description="Prompts: arithmetic (sums, differences and products of two digits; arithmetic:+ for some of them, "
-        "arithmetic:+:3 for three digits), largest (of three digits), a .jsonl or .parquet file with prompt and answer, or "
-        "reasoning-gym:NAME[:SIZE].",
+        "arithmetic:+:3 for three digits), largest (of three digits), a .jsonl or .parquet file with prompt and "
+        "answer, or reasoning-gym:NAME[:SIZE].",
     )
     batch_size: int = Field(32, ge=1, description="Answers per update over all hosts.")
     algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"] = Field(
