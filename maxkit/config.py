@@ -215,6 +215,47 @@ class Grpo(LoraFields, DecoderSizes, RlConfig, RecipeConfig):
         return Pretrain(**given, vocab_size=BYTE_VOCABULARY)
 
 
+class GrpoTunix(DecoderSizes, Parameters):
+    """GRPO of a maxkit model by Tunix's learner and by maxkit's own loop, from the same weights."""
+
+    model: str = Field("", description=Grpo.model_fields["model"].description)
+    dataset: str = Field("arithmetic:+", min_length=1, description=RlConfig.model_fields["dataset"].description)
+    rewards: str = Field("exact", min_length=1, description=RlConfig.model_fields["rewards"].description)
+    algorithm: Literal["grpo", "dr_grpo", "gspo", "rloo"] = Field(
+        "grpo", description="How answers are compared and added up, in both libraries."
+    )
+    rollout: Literal["maxkit", "tunix"] = Field(
+        "maxkit", description="Who answers in Tunix's run: maxkit's engine, or Tunix's own sampler."
+    )
+    steps: int = Field(40, ge=1, description="Updates in each library.")
+    batch_size: int = Field(128, ge=1, description=RlConfig.model_fields["batch_size"].description)
+    num_generations: int = Field(16, ge=2, description=RlConfig.model_fields["num_generations"].description)
+    seq_len: int = Field(16, ge=2, description="Tokens of prompt and answer together.")
+    max_new_tokens: int = Field(8, ge=1, description=RlConfig.model_fields["max_new_tokens"].description)
+    learning_rate: float = Field(2e-3, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
+    beta: float = Field(0.0, ge=0, description=RlConfig.model_fields["beta"].description)
+    temperature: float = Field(1.0, gt=0, description=RlConfig.model_fields["temperature"].description)
+    imitation_steps: int = Field(120, ge=0, description=Grpo.model_fields["imitation_steps"].description)
+    imitation_error: int = Field(4, ge=0, description=Grpo.model_fields["imitation_error"].description)
+    num_layers: int = Field(2, ge=1, description=DecoderSizes.model_fields["num_layers"].description)
+    embed_dim: int = Field(64, ge=2, description=DecoderSizes.model_fields["embed_dim"].description)
+    mlp_dim: int = Field(192, ge=1, description=DecoderSizes.model_fields["mlp_dim"].description)
+    seed: int = Field(0, ge=0, lt=2**32, description=TrainConfig.model_fields["seed"].description)
+
+    @model_validator(mode="after")
+    def _is_a_run_of_ours(self) -> "GrpoTunix":
+        try:
+            self.grpo()
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        return self
+
+    def grpo(self) -> Grpo:
+        """The run of maxkit's own loop, in the folder `maxkit` of this one; Tunix gets the same settings."""
+        shared = {name: getattr(self, name) for name in type(self).model_fields if name in Grpo.model_fields}
+        return Grpo(**{**shared, "run_dir": str(self.run_folder / "maxkit"), "eval_period": 0})
+
+
 class Convert(Parameters):
     """Conversion of a checkpoint to another format or layout, compared with its source and converted back."""
 
@@ -309,6 +350,13 @@ RECIPES: dict[str, RecipeEntry] = {
         "pretrain.ipynb",
         {"steps": 3, "batch_size": 2, "seq_len": 64, "num_layers": 2, "embed_dim": 32, "mlp_dim": 64},
     ),
+    "grpo": RecipeEntry(
+        Grpo,
+        "Learning from a reward",
+        "a small model that imitated a teacher who miscounts learns to add from being told right or wrong",
+        "grpo.ipynb",
+        {"steps": 2, "batch_size": 16, "num_generations": 4, "imitation_steps": 2, "eval_period": 0},
+    ),
     "convert": RecipeEntry(
         Convert,
         "Converting a checkpoint",
@@ -336,6 +384,13 @@ RECIPES: dict[str, RecipeEntry] = {
         "a student of 10 of SmolLM2's 30 layers learns to expect what the whole model expects",
         "distill.ipynb",
         {"steps": 2, "batch_size": 2, "seq_len": 64, "student_layers": 2, "holdout_fraction": 0.01},
+    ),
+    "grpo_tunix": RecipeEntry(
+        GrpoTunix,
+        "Tunix on a maxkit model",
+        "the same reinforcement learning by Tunix and by maxkit: the same answers, and both learn to add",
+        "grpo_tunix.ipynb",
+        {"steps": 2, "batch_size": 16, "num_generations": 4, "embed_dim": 32, "mlp_dim": 64, "imitation_steps": 2},
     ),
 }
 

@@ -9,12 +9,14 @@ from maxkit.run.distillation import next_tokens, teacher
 from maxkit.run.evaluation import EvaluationRun, start_evaluation
 from maxkit.run.imitation import Imitated, imitate
 from maxkit.run.session import Assessment, Evaluation, Run, start
+from maxkit.run.tunix import GrpoTunixRun, start_grpo_tunix
 
 __all__ = [
     "Assessment",
     "ConversionRun",
     "Evaluation",
     "EvaluationRun",
+    "GrpoTunixRun",
     "RoundTrip",
     "Imitated",
     "Run",
@@ -24,5 +26,6 @@ __all__ = [
     "start",
     "start_conversion",
     "start_evaluation",
+    "start_grpo_tunix",
     "teacher",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A maxkit model under Tunix 0.1.7: its trainers, its learner, its sampler, on a tiny model, dense and MoE with dropout.
+"""A maxkit model under Tunix 0.1.7: its trainers, learner and sampler, on a tiny model, dense and MoE with dropout.
 
 Everything goes through public extension points: at the end, every attribute of tunix and jax is what it was before.
 """
@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from flax import nnx
 from tiny_models import random_batch, tiny, weights
 
 import maxkit
 from maxkit.checkpoint.load import Loaded
 from maxkit.data.preferences import encode_side
-from maxkit.data.tokenizer import train_bpe
+from maxkit.data.tokenizer import Tokenizer, train_bpe
 from maxkit.errors import UserError
 from maxkit.infer.engine import Engine
 from maxkit.models.config import BlockSpec, Execution, MoeConfig
@@ -260,8 +261,11 @@ def test_rollouts_of_both_sides():
 
 def test_refusals():
     interop = maxkit.interop.tunix
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "end": 1}, unk_token="a"))
     with pytest.raises(UserError, match="no token is left for padding"):
-        interop.TunixTokenizer(TOKENIZER, 257)
+        interop.TunixTokenizer(Tokenizer(words, special={"eos": "end", "pad": "end"}), 2)
+    last_byte = interop.TunixTokenizer(TOKENIZER, 257).pad_id()
+    assert TOKENIZER.decode([last_byte]) == "\ufffd"
     assert interop.TunixTokenizer(TOKENIZER, 264).pad_id() == 257
     with pytest.raises(UserError, match="pad_id=0 is the tokenizer's eos"):
         interop.TunixTokenizer(TOKENIZER, 264, pad_id=0)

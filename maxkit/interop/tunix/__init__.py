@@ -3,7 +3,8 @@
 
     model = tunix.for_tunix(loaded)                  what Tunix's trainers, learners and Sampler take
     PeftTrainer(model, ...).with_loss_fn(tunix.loss_fn(objective)).with_gen_model_input_fn(tunix.model_inputs)
-    RLCluster(actor=model, tokenizer=tunix.TunixTokenizer(...), ...); GRPOLearner(..., reward_fns=tunix.reward_functions(...))
+    RLCluster(actor=model, tokenizer=tunix.TunixTokenizer(loaded.tokenizer, vocab_size), ...)
+    GRPOLearner(..., reward_fns=tunix.reward_functions(rewards))      or all of it at once: tunix.GrpoRun
     maxkit.save(tunix.trained(loaded, model), path)
 
 Only Tunix's public extension points are used, and no attribute of tunix or jax is replaced. Tunix is imported when a
@@ -34,6 +35,7 @@ _find, __dir__ = attach(
         "micro_batches": "maxkit.interop.tunix.trainer:micro_batches",
         "model_inputs": "maxkit.interop.tunix.trainer:model_inputs",
         "on_mesh": "maxkit.interop.tunix.model:on_mesh",
+        "plain_trees": "maxkit.interop.tunix.trainer:plain_trees",
         "preference_inputs": "maxkit.interop.tunix.trainer:preference_inputs",
         "prompt_rows": "maxkit.interop.tunix.texts:prompt_rows",
         "reward_functions": "maxkit.interop.tunix.texts:reward_functions",

@@ -206,7 +206,8 @@ class GrpoRun:
 
 def _reference(model: Decoder | DropoutDecoder) -> nnx.Module:
     """The model as it is now, without dropout; the frozen base of adapters is shared with it, the rest is copied."""
-    graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
+    graphdef, *states = nnx.split(model, nnx.LoRAParam, ...)
+    adapters, rest = states
     if jax.tree.leaves(adapters):
         adapters = jax.tree.map(jnp.copy, adapters)
     else:

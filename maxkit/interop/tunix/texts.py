@@ -15,6 +15,7 @@ from maxkit.errors import UserError
 from maxkit.rl.prompts import Prompt
 from maxkit.rl.rewards import Answer, Reward, score
 
+LAST_BYTE = "\xff"  # how a byte-level vocabulary writes the byte 255
 NOT_IN_TUNIX = ("num_tokens", "truncated")  # what a maxkit reward may ask for, and Tunix does not say
 
 
@@ -22,7 +23,7 @@ class TunixTokenizer:
     """A `Tokenizer` with the five methods that Tunix calls, and a pad token that is in no text.
 
     pad: the tokenizer's own where it is neither the beginning nor the end of a text; else the first id of the model
-    that stands for no text; else a special token without a role. Were pad the end (as in SmolLM2), Tunix would take
+    that stands for no text; else a special token without a role; else a byte that no UTF-8 text has. Were pad the end (as in SmolLM2), Tunix would take
     the end of every answer for padding and never train it.
 
     There is no BOS token: prompts have theirs, where the chat template puts one.
@@ -84,6 +85,9 @@ def _free_id(tokenizer: Tokenizer, vocab_size: int) -> int:
     for number, token in sorted(tokenizer.backend.get_added_tokens_decoder().items()):
         if token.special and number not in roles and token.content not in template:
             return number
+    byte = tokenizer.backend.token_to_id(LAST_BYTE)
+    if byte is not None and tokenizer.decode([byte]) == "\ufffd":
+        return byte
     raise UserError(
         "no token is left for padding: the tokenizer's pad is its eos, every id is a text and every special token has "
         "a role; give pad_id, or a model with a larger vocab_size"
@@ -130,7 +134,7 @@ def _objects(values: Sequence[Any]) -> np.ndarray:
 
 
 def reward_functions(rewards: Sequence[Reward]) -> list[Callable[..., list[float]]]:
-    """maxkit's rewards as Tunix's reward functions, which are added up; each has its weight in it.
+    """Rewards of maxkit as Tunix's reward functions, which are added up; each has its weight in it.
 
     A reward that fails, or gives no number, stops the run with the prompt it failed on. (Tunix would count NaN as 0.)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
+from flax import nnx
 
 from maxkit.data.preferences import Side
 from maxkit.errors import UserError
@@ -51,8 +53,9 @@ def micro_batches(
 def model_inputs(example: Mapping[str, jax.Array]) -> dict[str, Any]:
     """For `with_gen_model_input_fn`: the arguments of `loss_fn` from what `micro_batches` yields."""
     columns, weights = ({k.removeprefix(p): v for k, v in example.items() if k.startswith(p)} for p in (COLUMN, WEIGHT))
+    fields: dict[str, Any] = {name: example[name] for name in FIELDS}
     return {
-        "batch": Batch(**{name: example[name] for name in FIELDS}, columns=columns),
+        "batch": Batch(**fields, columns=columns),
         "weights": {name: value[0] for name, value in weights.items()},
     }
 
@@ -67,6 +70,23 @@ def loss_fn(objective: Any, frozen: Tree | None = None) -> Callable[[Any, Batch,
         return objective(model, batch, frozen, weights).loss
 
     return maxkit_loss
+
+
+def plain_trees(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer`, which knows the parameters as `ModelDefinition` names them, for Tunix, which has them as nnx.State.
+
+    So the optimizers of `maxkit.optim`, with their choice of what is decayed, work under Tunix.
+    """
+
+    def plain(tree: Any) -> Any:
+        found = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
+        return found.get("decoder", found)  # of a model with dropout
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(plain(gradients), state, None if params is None else plain(params))
+        return jax.tree.unflatten(jax.tree.structure(gradients), jax.tree.leaves(updates)), state
+
+    return optax.GradientTransformation(lambda params: optimizer.init(plain(params)), update)
 
 
 @dataclasses.dataclass(frozen=True)
