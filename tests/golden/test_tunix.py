@@ -59,6 +59,7 @@ def make_loaded(kind: str) -> Loaded:
 def tunix_modules():
     """Tunix's and JAX's modules and classes with what they hold, before any test of this file; compared at the end."""
     import tunix  # noqa: F401
+
     from maxkit.interop.tunix import learner, rollout  # noqa: F401
 
     before = _attributes()

@@ -23,8 +23,8 @@ class TunixTokenizer:
     """A `Tokenizer` with the five methods that Tunix calls, and a pad token that is in no text.
 
     pad: the tokenizer's own where it is neither the beginning nor the end of a text; else the first id of the model
-    that stands for no text; else a special token without a role; else a byte that no UTF-8 text has. Were pad the end (as in SmolLM2), Tunix would take
-    the end of every answer for padding and never train it.
+    that stands for no text; else a special token without a role; else a byte that no UTF-8 text has. Were pad the end
+    (as in SmolLM2), Tunix would take the end of every answer for padding and never train it.
 
     There is no BOS token: prompts have theirs, where the chat template puts one.
     """
