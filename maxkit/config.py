@@ -191,16 +191,19 @@ class Grpo(LoraFields, DecoderSizes, RlConfig, RecipeConfig):
     model: str = Field(
         "", description="Model name or path; empty builds one from the sizes below, which first imitates examples."
     )
-    dataset: str = Field("arithmetic:+:3", min_length=1, description=RlConfig.model_fields["dataset"].description)
+    dataset: str = Field("largest", min_length=1, description=RlConfig.model_fields["dataset"].description)
     seq_len: int = Field(16, ge=2, description="Tokens of prompt and answer together.")
-    max_new_tokens: int = Field(8, ge=1, description=RlConfig.model_fields["max_new_tokens"].description)
+    max_new_tokens: int = Field(4, ge=1, description=RlConfig.model_fields["max_new_tokens"].description)
     batch_size: int = Field(256, ge=1, description=RlConfig.model_fields["batch_size"].description)
     num_generations: int = Field(16, ge=2, description=RlConfig.model_fields["num_generations"].description)
-    steps: int = Field(120, ge=0, description=TrainConfig.model_fields["steps"].description)
+    steps: int = Field(200, ge=0, description=TrainConfig.model_fields["steps"].description)
     eval_period: int = Field(20, ge=0, description=TrainConfig.model_fields["eval_period"].description)
     learning_rate: float = Field(1e-3, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
+    num_layers: int = Field(2, ge=1, description=DecoderSizes.model_fields["num_layers"].description)
+    embed_dim: int = Field(64, ge=2, description=DecoderSizes.model_fields["embed_dim"].description)
+    mlp_dim: int = Field(192, ge=1, description=DecoderSizes.model_fields["mlp_dim"].description)
     imitation_steps: int = Field(
-        120, ge=0, description="Supervised updates of a model that is built here, before the first rollout; 0: none."
+        50, ge=0, description="Supervised updates of a model that is built here, before the first rollout; 0: none."
     )
     imitation_error: int = Field(
         4, ge=0, description="The answers that it imitates are off by up to so much, so that few of them are right."
