@@ -196,7 +196,7 @@ class Grpo(LoraFields, DecoderSizes, RlConfig, RecipeConfig):
     max_new_tokens: int = Field(4, ge=1, description=RlConfig.model_fields["max_new_tokens"].description)
     batch_size: int = Field(256, ge=1, description=RlConfig.model_fields["batch_size"].description)
     num_generations: int = Field(16, ge=2, description=RlConfig.model_fields["num_generations"].description)
-    steps: int = Field(200, ge=0, description=TrainConfig.model_fields["steps"].description)
+    steps: int = Field(300, ge=0, description=TrainConfig.model_fields["steps"].description)
     eval_period: int = Field(20, ge=0, description=TrainConfig.model_fields["eval_period"].description)
     learning_rate: float = Field(1e-3, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
     num_layers: int = Field(2, ge=1, description=DecoderSizes.model_fields["num_layers"].description)
@@ -356,7 +356,7 @@ RECIPES: dict[str, RecipeEntry] = {
     "grpo": RecipeEntry(
         Grpo,
         "Learning from a reward",
-        "a small model that imitated a teacher who miscounts learns to add from being told right or wrong",
+        "a small model that imitated a careless teacher learns to compare digits from being told right or wrong",
         "grpo.ipynb",
         {"steps": 2, "batch_size": 16, "num_generations": 4, "imitation_steps": 2, "eval_period": 0},
     ),
