@@ -44,6 +44,7 @@ html_title = "maxkit"
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static", "_generated"]
 html_css_files = ["maxkit.css"]
+html_js_files = ["keyboard.js"]
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {

@@ -61,7 +61,7 @@ def write_llms(site: Path, env: Any) -> None:
         "",
         "> Train language models in JAX, from notebooks that run the same on CPU, GPU and TPU.",
         "",
-        "Run a recipe with `maxkit run RECIPE -p NAME=VALUE` or papermill; `maxkit run RECIPE --help` lists its parameters.",
+        "Run a recipe with `maxkit run RECIPE -p NAME=VALUE`; `maxkit run RECIPE --help` lists its parameters.",
     ]
     for kind, heading in (("recipe", "Recipes"), ("tutorial", "Tutorials")):
         found = [entry for entry in entries() if entry.kind == kind]

@@ -12,7 +12,14 @@ from docutils.utils.math import MathError, latex2mathml
 from sphinx.util import logging
 
 # Spellings of LaTeX that the translator knows under another name only.
-SYNONYMS = {"dots": "ldots", "dotsc": "ldots", "dotsb": "cdots", "tfrac": "frac", "dfrac": "frac", "operatorname*": "operatorname"}
+SYNONYMS = {
+    "dots": "ldots",
+    "dotsc": "ldots",
+    "dotsb": "cdots",
+    "tfrac": "frac",
+    "dfrac": "frac",
+    "operatorname*": "operatorname",
+}
 logger = logging.getLogger(__name__)
 
 

@@ -73,7 +73,9 @@ def header(entry: Entry) -> str:
     repository, branch = public_repository(), "main"
     if repository:
         links.append((f"https://github.com/{repository}/blob/{branch}/{path}", "Source", ""))
-        links.append((f"https://colab.research.google.com/github/{repository}/blob/{branch}/{path}", "Open in Colab", ""))
+        links.append(
+            (f"https://colab.research.google.com/github/{repository}/blob/{branch}/{path}", "Open in Colab", "")
+        )
     else:
         links.append((f"{name}.ipynb.txt", "Source", ""))
         links.append((f"{up}colab.html", "Open in Colab", ""))

@@ -25,7 +25,15 @@ from maxkit.plan.topology import KNOWN
 PROBE = "some folder/it's $x"  # a text that needs quoting: what is taken as it is takes any text
 LIST_PATTERN = r"[\w*.:/-]+(,[\w*.:/-]+)*"
 MAX_COMBINATIONS = 4000
-COMMON = (*(name for name in FIRST if name != "run_dir"), "gradient_accumulation_steps", "dtype", "remat_policy", "tasks", "limit", "to")
+COMMON = (
+    *(name for name in FIRST if name != "run_dir"),
+    "gradient_accumulation_steps",
+    "dtype",
+    "remat_policy",
+    "tasks",
+    "limit",
+    "to",
+)
 NUM_OWN = 8  # of a recipe's own parameters, this many are shown at once; the others with all the rest
 # Kernels that only one platform has.
 ONLY_ON = {"attention_kernel": {"cudnn": "gpu", "splash": "tpu"}}
@@ -94,7 +102,12 @@ def ordered(kind: type[Parameters]) -> list[dict[str, Any]]:
 def option(kind: type[Parameters], row: dict[str, Any], values: list[Any], dependent: bool) -> dict[str, Any]:
     """One control: a list of choices, a number, a text, or the mesh, whose choices depend on the machine."""
     name, default = row["name"], row["default"]
-    found = {"name": name, "meaning": SHORT.get(row["meaning"], row["meaning"]), "type": row["type"], "common": row["common"]}
+    found = {
+        "name": name,
+        "meaning": SHORT.get(row["meaning"], row["meaning"]),
+        "type": row["type"],
+        "common": row["common"],
+    }
     found["default"] = as_text(default)
     if name == "mesh":
         return found | {"kind": "mesh"}

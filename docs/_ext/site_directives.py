@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Directives whose content comes from the registry, the records and the other pages.
 
-    gallery        cards of all recipes or all tutorials
-    thumbnail      the figure of one notebook, leading to its page
-    first-run      what the first command does, in numbers of its committed record
-    builder        the form of the recipe builder, filled by `_static/builder.js`
-    error-index    every error text that a page explains, with a link to it
-    public-surface what `maxkit` exports, for autodoc (in a reStructuredText page)
+gallery        cards of all recipes or all tutorials
+thumbnail      the figure of one notebook, leading to its page
+first-run      what the first command does, in numbers of its committed record
+builder        the form of the recipe builder, filled by `_static/builder.js`
+error-index    every error text that a page explains, with a link to it
+public-surface what `maxkit` exports, for autodoc (in a reStructuredText page)
 """
 
 import html
@@ -44,7 +44,11 @@ class Gallery(SphinxDirective):
 def card(entry: Entry, up: str) -> str:
     """One card; the whole of it leads to the page."""
     figure = entry.thumbnail
-    image = f'<img src="{up}_static/{thumbnail_path(entry)}" alt="{html.escape(figure[1])}" loading="lazy">' if figure else ""
+    image = (
+        f'<img src="{up}_static/{thumbnail_path(entry)}" alt="{html.escape(figure[1])}" loading="lazy">'
+        if figure
+        else ""
+    )
     link = f'<a href="{up}{entry.page}.html">{html.escape(entry.title)}</a>'
     return (
         f'<article class="mk-card" data-name="{entry.name}"><div class="mk-thumb">{image}</div>'
@@ -81,9 +85,9 @@ class FirstRun(SphinxDirective):
         record = records[0]
         before, after = record["metrics"]["held_out/before"], record["metrics"]["held_out/after"]
         text = (
-            f"The first command fine-tunes SmolLM2-135M-Instruct on real conversations. On {hardware(record)} that took "
+            f"This fine-tunes SmolLM2-135M-Instruct on real conversations. On {hardware(record)} it took "
             f"{seconds(record['seconds']['total'])}, and the loss on conversations it had never seen fell from "
-            f"{before:.2f} to {after:.2f} nats per token. It needs Python 3.11 and make: no GPU, no account, no model hub."
+            f"{before:.2f} to {after:.2f} nats per token. It needs Python 3.11 and make: no GPU, no account."
         )
         return [nodes.paragraph(text, text)]
 
@@ -112,10 +116,12 @@ class ErrorIndex(SphinxDirective):
                 self.env.note_dependency(str(page))
                 rows += errors_of(page)
         lines = ["| text | what it means | page |", "| --- | --- | --- |"]
-        lines += [f"| {text} | {meaning} | [{page}]({link}) |" for text, meaning, page, link in sorted(rows, key=_order)]
+        lines += [
+            f"| {text} | {meaning} | [{page}]({link}) |" for text, meaning, page, link in sorted(rows, key=_order)
+        ]
         holder = nodes.container(classes=["mk-errors"])
         self.state.nested_parse(StringList(lines, source=self.env.docname), self.content_offset, holder)
-        return holder.children
+        return [holder]
 
 
 ERROR_SECTION = re.compile(r"errors?\b|troubleshooting|when .* fails", re.IGNORECASE)
@@ -124,7 +130,7 @@ ERROR_SECTION = re.compile(r"errors?\b|troubleshooting|when .* fails", re.IGNORE
 def errors_of(page: Path) -> list[tuple[str, str, str, str]]:
     """(text, meaning, title of the page, link) of each error a page explains.
 
-    Those are, below a heading that speaks of errors: headings with code in them, and rows of tables that start with code.
+    Those are, below a heading that speaks of errors: headings, and rows of tables that start with code.
     """
     tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
     title, section, anchor, found = page.stem, False, "", []
@@ -193,7 +199,9 @@ def _module(path: str, module: types.ModuleType) -> list[str]:
         if inspect.ismodule(value):
             lines += [f".. automodule:: {value.__name__}", "   :no-members:", ""]
             own = [n for n, v in vars(value).items() if inspect.isfunction(v) and v.__module__ == value.__name__]
-            lines += [line for n in own if not n.startswith("_") for line in _autodoc(value.__name__, n, vars(value)[n])]
+            lines += [
+                line for n in own if not n.startswith("_") for line in _autodoc(value.__name__, n, vars(value)[n])
+            ]
         else:
             lines += _autodoc(path, name, value)
     return lines
