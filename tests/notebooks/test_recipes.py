@@ -208,3 +208,14 @@ def test_grpo_in_tunix_and_in_maxkit_sees_the_same_answers(tmp_path):
     first, second = (jax.tree.leaves(loaded.params) for loaded in both)
     for a, b in zip(first, second, strict=True):  # Adam divides by a gradient that may be all rounding
         np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_grpo_imitates_then_learns_from_rewards_and_goes_on(tmp_path):
+    small = {"batch_size": 16, "num_generations": 4, "imitation_steps": 2, "eval_period": 0}
+    done = papermill("grpo", tmp_path / "run", steps=2, scan_layers="false", **small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = report(tmp_path / "run")
+    assert found["explicit"]["batch_size"] == "papermill" and found["steps_done"] == 2
+    assert all(check["passed"] for check in found["checks"]) and len(found["checks"]) == 4
+    assert describe(tmp_path / "run")["scan_layers"] is describe(tmp_path / "run" / "imitation")["scan_layers"] is False
+    assert len((tmp_path / "run" / "completions.jsonl").read_text().splitlines()) == 8
