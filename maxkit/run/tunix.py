@@ -13,6 +13,7 @@ half is done again when the same folder is run again. Next to read: `interop/tun
 import time
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,8 @@ class GrpoTunixRun:
             params = jax.tree.map(jnp.copy, ours.initial_params())
         report = tuple(ours.report)
         loaded = Loaded(ours.definition, params, ours.tokenizer, report, str(ours.folder))
+        said = absl.logging.get_verbosity()
+        absl.logging.set_verbosity(absl.logging.ERROR)  # it warns that a CPU is no TPU
         run = tunix.GrpoRun(
             loaded,
             ours.cfg,
@@ -87,6 +90,7 @@ class GrpoTunixRun:
             steps=self.cfg.steps,
             rollout_engine="vanilla" if self.cfg.rollout == "tunix" else None,
         )
+        absl.logging.set_verbosity(said)
         self.histories["Tunix"] = run.train(ours.data.train)
         self.held_out["Tunix"] = ours.evaluate(tunix.on_mesh(run.trained, ours.mesh).params)
         save(run.trained, self.folder / "tunix")
