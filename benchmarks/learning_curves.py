@@ -26,12 +26,19 @@ from maxkit.nb import figures
 from maxkit.nb.record import write_json
 from maxkit.rl.answers import FIRST_EVALUATION_REQUEST, Answerer, Answers
 
+Curves = dict[str, dict[str, dict[str, float]]]  # of a seed, after an update, a metric
+CONTROL = " (control)"
 ROOT = Path(__file__).resolve().parents[1]
 # Of each recipe what is drawn, {name of the metric on held-out examples: how the axis is called}, the first one in the
 # figure; and what has to be done between reading the data and the weights.
 METRICS: dict[str, dict[str, str]] = {
     "distill": {"kl": "KL from the teacher (nats per token)", "loss/nll": "negative log-likelihood (nats per token)"},
     "grpo": {"reward": "mean reward"},
+    "dpo": {
+        "rewards/margins": "margin over the reference, times beta",
+        "rewards/accuracies": "pairs moved towards the chosen answer",
+        "logps/accuracies": "pairs whose chosen answer is likelier",
+    },
 }
 BEFORE_WEIGHTS: dict[str, Callable[[runs.Run], Any]] = {"grpo": runs.imitate}
 
@@ -56,6 +63,7 @@ def shuffle_rewards(run: runs.Run) -> None:
 
 
 CONTROLS: dict[str, Callable[[runs.Run], None]] = {"grpo": shuffle_rewards}
+CONTROL_PARAMETERS = {"dpo": {"swap_labels": "true"}}  # trained on the wrong, measured on the right
 
 
 def main() -> int:
@@ -64,23 +72,26 @@ def main() -> int:
     parser.add_argument("recipe", choices=sorted(METRICS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the recipe")
-    parser.add_argument("--control", action="store_true", help="a run that must learn nothing")
+    parser.add_argument("--control", action="store_true", help="a run that must not learn")
     arguments = parser.parse_args()
-    if arguments.control and arguments.recipe not in CONTROLS:
-        parser.error(f"--control: there is one for {', '.join(CONTROLS)}")
-    settings = " ".join(sorted(arguments.p)) or "default"
-    settings += " (control)" if arguments.control else ""
+    controlled = CONTROLS.keys() | CONTROL_PARAMETERS.keys()
+    if arguments.control and arguments.recipe not in controlled:
+        parser.error(f"--control: there is one for {', '.join(sorted(controlled))}")
+    measured = " ".join(sorted(arguments.p)) or "default"
+    settings = measured + CONTROL * arguments.control
     path = ROOT / "benchmarks" / "results" / f"learning-{arguments.recipe}.json"
     for seed in arguments.seeds:
-        curve = measure(arguments.recipe, seed, dict(item.split("=", 1) for item in arguments.p), arguments.control)
+        given = dict(item.split("=", 1) for item in arguments.p)
+        given |= CONTROL_PARAMETERS.get(arguments.recipe, {}) if arguments.control else {}
+        curve = measure(arguments.recipe, seed, given, arguments.control)
         # Read again: another process may have added a seed.
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known.setdefault(settings, {})[str(seed)] = curve
         path.parent.mkdir(exist_ok=True)
         write_json(path, known)
     print(table(arguments.recipe, known[settings]))
-    if not arguments.control:
-        print(draw(arguments.recipe, known[settings]).alt)
+    if measured in known:
+        print(draw(arguments.recipe, known[measured], known.get(measured + CONTROL, {})).alt)
     return 0
 
 
@@ -93,7 +104,7 @@ def measure(recipe: str, seed: int, given: dict[str, str], control: bool) -> dic
         run.load_data()
         BEFORE_WEIGHTS.get(recipe, lambda run: None)(run)
         if control:
-            CONTROLS[recipe](run)
+            CONTROLS.get(recipe, lambda run: None)(run)
         run.load_model()
         points = {0: run.evaluate().metrics}
         run.train()
@@ -107,7 +118,7 @@ def measure(recipe: str, seed: int, given: dict[str, str], control: bool) -> dic
     return {str(step): {name: metrics[name] for name in METRICS[recipe]} for step, metrics in sorted(points.items())}
 
 
-def table(recipe: str, curves: dict[str, dict[str, dict[str, float]]]) -> str:
+def table(recipe: str, curves: Curves) -> str:
     """Before and after by seed, in Markdown."""
     names = METRICS[recipe]
     lines = [f"| seed | {' | '.join(names.values())} |", f"| --- {'| --- ' * len(names)}|"]
@@ -117,18 +128,19 @@ def table(recipe: str, curves: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def draw(recipe: str, curves: dict[str, dict[str, dict[str, float]]]) -> figures.Figure:
-    """The recipe's first metric over updates, a line a seed."""
+def draw(recipe: str, curves: Curves, controls: Curves) -> figures.Figure:
+    """The recipe's first metric over updates, a line a seed, those of the control too."""
     name, axis = next(iter(METRICS[recipe].items()))
-    lines = {f"seed {seed}": sorted((int(step), point[name]) for step, point in points.items())
-             for seed, points in sorted(curves.items(), key=lambda item: int(item[0]))}  # fmt: skip
+    lines = {f"{label} {seed}": sorted((int(step), point[name]) for step, point in points.items())
+             for label, found in (("seed", curves), ("control", controls))
+             for seed, points in sorted(found.items(), key=lambda item: int(item[0]))}  # fmt: skip
     label, first = next(iter(lines.items()))
     return figures.loss_figure(
         [{"step": step, name: value} for step, value in first],
         y=name,
         label=label,
         others={other: line for other, line in lines.items() if other != label},
-        title=f"{recipe}: held-out examples, {len(lines)} seed{'s' * (len(lines) > 1)}",
+        title=f"{recipe}: held-out examples, {len(curves)} seed{'s' * (len(curves) > 1)}",
         ylabel=axis,
         save_as=ROOT / "docs" / "figures" / f"learning-{recipe}",
     )
