@@ -102,7 +102,8 @@ BENCHMARKS ?= benchmarks/train_step.py benchmarks/decode.py
 bench: $(VENV)/.stamp  ## measure a training step and decoding, one JSON line each
 	@for script in $(BENCHMARKS); do $(VENV)/bin/python $$script || exit 1; done
 
-lint: $(VENV)/.stamp  ## style, types and import directions
+lint: $(VENV)/.stamp  ## style, types, import directions and the guards of the notebooks
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
+	@$(VENV)/bin/maxkit check

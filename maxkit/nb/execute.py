@@ -109,7 +109,7 @@ def execute(run: Prepared) -> dict[str, Any]:
     log = run.config.run_folder / KERNEL_LOG
     # The notebook of an earlier run is replaced only by one that ran: a refusal must not cost it.
     working = run.output.with_name(f"{run.output.stem}.running.ipynb")
-    with _kernel_environment(run.sources, log):
+    with kernel_environment(run.sources, log):
         error, number = _in_thread(run._replace(output=working))
     problem = _as_user_error(error, run.output) if error is not None else None
     refused = isinstance(problem, UserError) and not isinstance(problem, CheckFailed) and run.output.exists()
@@ -184,7 +184,7 @@ def _kernels() -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def _kernel_environment(sources: dict[str, str], log: Path) -> Iterator[None]:
+def kernel_environment(sources: dict[str, str], log: Path) -> Iterator[None]:
     """Environment of the kernel: this very Python, no figure that updates, and who gave what.
 
     A kernelspec called python3 in a folder that is searched first: one in the user's home, made by another

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Renew a committed notebook: its generated parts from the configuration, its outputs from one clean run.
 
-Generated are the cell tagged `parameters` of a recipe (name, default and meaning of every field) and the table between
-the `parameters: begin` and `end` comments. The run happens in an empty folder, so that no run of the user's is
-continued or lost; its record goes to `results/` beside the recipe, and a stamp of code, outputs and record into the
-notebook's metadata. Next to read: `execute.py`, `guards/freshness.py`.
+Generated are the setup cell; of a recipe also the cell tagged `parameters` (name, default and meaning of every field)
+and the table between the `parameters: begin` and `end` comments. The run happens in an empty folder, so that no run of
+the user's is continued or lost. Its record goes to `results/` beside the recipe, a stamp of code, outputs and record
+into the notebook's metadata. Next to read: `execute.py`, `guards/freshness.py`.
 """
 
 import json
@@ -17,9 +17,11 @@ from typing import Any
 
 from maxkit.config import RECIPES, Parameters
 from maxkit.errors import CheckFailed, UserError
+from maxkit.nb.execute import KERNEL_LOG, kernel_environment
 from maxkit.nb.guards.freshness import STAMP, stamp
 from maxkit.nb.parameters_cell import BEGIN, END, parameters_details, parameters_source
 from maxkit.nb.record import REPORT, write_json
+from maxkit.nb.setup_cell import SETUP_CELL
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -43,13 +45,13 @@ def refresh(notebook: str | Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is not a notebook; `maxkit refresh recipes/sft.ipynb` renews one")
     book = nbformat.read(path, 4)
     recipe = next((name for name, entry in RECIPES.items() if entry.notebook == path.name), None)
-    if recipe is not None:
-        _generate(book, RECIPES[recipe].config)
+    _generate(book, RECIPES[recipe].config if recipe is not None else None)
+    book.metadata = METADATA
     book = _formatted(book, path)  # before the run: what is stamped is the code that ran
     with tempfile.TemporaryDirectory(prefix="maxkit-refresh-") as folder:
         _execute(book, path, folder)
-        report = Path(folder, "runs", path.stem, REPORT)
-        record = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
+        reports = Path(folder).glob(f"runs/{recipe}*/{REPORT}") if recipe is not None else ()
+        record = next((json.loads(report.read_text(encoding="utf-8")) for report in reports), None)
     book.metadata = METADATA | {STAMP: stamp(book, record)}
     if record is not None:
         write_json(path.parent / "results" / f"{path.stem}-{record['environment']['platform']}.json", record)
@@ -59,9 +61,14 @@ def refresh(notebook: str | Path) -> dict[str, Any] | None:
     return record
 
 
-def _generate(book: Any, kind: type[Parameters]) -> None:
+def _generate(book: Any, kind: type[Parameters] | None) -> None:
+    """The setup cell of every notebook, and of a recipe what its configuration says."""
     for cell in book.cells:
-        if "parameters" in cell.metadata.get("tags", []):
+        if cell.cell_type == "code" and cell.source.startswith(SETUP_CELL.splitlines()[0][:8]):
+            cell.source = SETUP_CELL
+        elif kind is None:
+            continue
+        elif "parameters" in cell.metadata.get("tags", []):
             cell.source = parameters_source(kind, cell.source.splitlines()[0])
         elif BEGIN in cell.source:
             before, _, rest = cell.source.partition(BEGIN)
@@ -74,7 +81,8 @@ def _execute(book: Any, path: Path, folder: str) -> None:
 
     client = NotebookClient(book, timeout=3600, kernel_name="python3", resources={"metadata": {"path": folder}})
     try:
-        client.execute()
+        with kernel_environment({}, Path(folder, KERNEL_LOG)):
+            client.execute()
     except CellExecutionError as error:
         raise CheckFailed(f"{path} is left as it was: {error.ename}: {error.evalue}") from None
     except (CellTimeoutError, DeadKernelError) as error:

@@ -133,6 +133,7 @@ MUTATIONS = [
     recipe("known_tags", "no thumbnail", lambda n: tagged(n, "thumbnail").metadata.tags.remove("thumbnail"), "0 cells"),
     recipe("known_tags", "a hidden nbval comment", append("describe_plan", "# NBVAL_IGNORE_OUTPUT"), "NBVAL_ comment"),
     recipe("clean_run", "a cell not run", lambda n: code(n, "bind(").update(execution_count=None), "count None"),
+    recipe("clean_run", "nothing run", lambda n: [c.pop("execution_count", 0) for c in n.cells], "it was never run"),
     recipe("clean_run", "run out of order", lambda n: code(n, "bind(").update(execution_count=9), "count 9"),
     recipe("clean_run", "an error output", lambda n: code(n, "bind(").outputs.append(
         type(n)(output_type="error", ename="KeyError", evalue="x", traceback=[])), "shows an error: KeyError"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pins, environments, import directions, style, what no tracked file may hold, the Makefile, the tiers."""
+"""Extras, import directions, style, what no tracked file may hold, the Makefile, the tiers."""
 
 import os
 import re
@@ -11,9 +11,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 import maxkit
 
@@ -35,25 +32,6 @@ def tool(*command: str) -> None:
 
 
 # --- dependencies ---
-
-
-def test_constraints_are_exact_pins_that_satisfy_every_requirement():
-    pins = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
-        name, version = re.fullmatch(r"([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+!]+)", line).groups()
-        pins[canonicalize_name(name)] = version
-    installed = ("notebooks", "post-train", "docs", "dev")
-    groups = [PROJECT["dependencies"], *(EXTRAS[extra] for extra in installed)]
-    for requirement in (Requirement(text) for group in groups for text in group):
-        pin = pins.get(canonicalize_name(requirement.name))
-        assert pin and requirement.specifier.contains(pin), f"{requirement}: pinned {pin}"
-
-
-def test_the_conda_environment_is_the_notebooks_extra():
-    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    (pip,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
-    assert sorted(pip) == sorted(EXTRAS["notebooks"])
-    assert f"python{PROJECT['requires-python']}" in dependencies
 
 
 def test_the_extras_and_the_version_are_what_the_documentation_says():

@@ -47,7 +47,8 @@ def _differences(book: Notebook, source: str, held: dict) -> Iterator[str]:
     expected = parameters_source(book.entry.config, source.splitlines()[0])
     today = dict(read_cell(expected)[0])
     if missing := [name for name in today if name not in held]:
-        yield f"the parameters cell lacks {', '.join(missing)}"
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        yield f"the parameters cell lacks {', '.join(missing[:8])}{more}"
     if unknown := [name for name in held if name not in today]:
         yield f"the parameters cell holds {', '.join(unknown)}, which the configuration does not know"
     for name in today.keys() & held.keys():

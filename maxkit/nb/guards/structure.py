@@ -105,6 +105,9 @@ def known_tags(book: Notebook) -> Iterator[Problem]:
 
 def clean_run(book: Notebook) -> Iterator[Problem]:
     """Every code cell ran once, from the first to the last, without an error or a word on stderr."""
+    if not any(cell.get("execution_count") for _, cell in book.cells("code")):
+        yield book.problem(None, "it was never run", RUN_AGAIN)
+        return
     for expected, (number, cell) in enumerate(book.cells("code"), 1):
         if cell.get("execution_count") != expected:
             count = cell.get("execution_count")
