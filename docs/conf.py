@@ -8,6 +8,7 @@ from pathlib import Path
 
 PYPROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+(Path(__file__).parent / "_generated").mkdir(exist_ok=True)  # filled by _ext/maxkit_site.py
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the API pages import the package; no chip is needed for that
 
 project = "maxkit"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directives whose content comes from the registry, the records and the other pages.
+"""Directives whose content comes from the registry, the records and the other pages:
 
-gallery        cards of all recipes or all tutorials
-thumbnail      the figure of one notebook, leading to its page
-first-run      what the first command does, in numbers of its committed record
-builder        the form of the recipe builder, filled by `_static/builder.js`
-error-index    every error text that a page explains, with a link to it
-public-surface what `maxkit` exports, for autodoc (in a reStructuredText page)
+- gallery: cards of all recipes or all tutorials
+- thumbnail: the figure of one notebook, leading to its page
+- first-run: what the first command does, in numbers of its committed record
+- builder: the form of the recipe builder, filled by `_static/builder.js`
+- error-index: every error text that a page explains, with a link to it
+- public-surface: what `maxkit` exports, for autodoc (in a reStructuredText page)
 """
 
 import html
