@@ -100,6 +100,20 @@ def test_the_reference_is_the_model_before_training(finished, folder):
     np.testing.assert_allclose(row["ref_logps"], logps * row["loss_mask"], atol=1e-5)
 
 
+def test_the_share_ranked_right_is_that_of_mean_log_probs(finished):
+    """Before training the model is its reference, so its columns say what the metrics must be."""
+    run, before, _ = finished
+    columns, won, sums = run.data.held_out.columns, [], []
+    for row in range(len(run.data.held_out)):
+        segments, mask = columns["segment_ids"][row], columns["loss_mask"][row] > 0
+        answers = [columns["ref_logps"][row][mask & (segments == s)] for s in range(1, segments.max() + 1)]
+        won += [chosen.mean() > rejected.mean() for chosen, rejected in zip(answers[::2], answers[1::2], strict=True)]
+        sums += [chosen.sum() for chosen in answers[::2]]
+    assert len(won) == len(run.data.held_out_pairs) == 12
+    assert before["logps/accuracies"] == pytest.approx(np.mean(won))
+    assert before["logps/chosen"] == pytest.approx(np.mean(sums), rel=1e-5)
+
+
 def broken_off(finished, folder, name):
     """The finished run as it was after its first save."""
     copy = folder / name
