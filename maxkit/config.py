@@ -222,7 +222,7 @@ class GrpoTunix(DecoderSizes, Parameters):
     """GRPO of a maxkit model by Tunix's learner and by maxkit's own loop, from the same weights."""
 
     model: str = Field("", description=Grpo.model_fields["model"].description)
-    dataset: str = Field("arithmetic:+", min_length=1, description=RlConfig.model_fields["dataset"].description)
+    dataset: str = Field("largest", min_length=1, description=RlConfig.model_fields["dataset"].description)
     rewards: str = Field("exact", min_length=1, description=RlConfig.model_fields["rewards"].description)
     algorithm: Literal["grpo", "dr_grpo", "gspo", "rloo"] = Field(
         "grpo", description="How answers are compared and added up, in both libraries."
@@ -230,15 +230,15 @@ class GrpoTunix(DecoderSizes, Parameters):
     rollout: Literal["maxkit", "tunix"] = Field(
         "maxkit", description="Who answers in Tunix's run: maxkit's engine, or Tunix's own sampler."
     )
-    steps: int = Field(40, ge=1, description="Updates in each library.")
-    batch_size: int = Field(128, ge=1, description=RlConfig.model_fields["batch_size"].description)
+    steps: int = Field(150, ge=1, description="Updates in each library.")
+    batch_size: int = Field(256, ge=1, description=RlConfig.model_fields["batch_size"].description)
     num_generations: int = Field(16, ge=2, description=RlConfig.model_fields["num_generations"].description)
     seq_len: int = Field(16, ge=2, description="Tokens of prompt and answer together.")
-    max_new_tokens: int = Field(8, ge=1, description=RlConfig.model_fields["max_new_tokens"].description)
-    learning_rate: float = Field(2e-3, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
+    max_new_tokens: int = Field(4, ge=1, description=RlConfig.model_fields["max_new_tokens"].description)
+    learning_rate: float = Field(1e-3, ge=0, description=OptimizerConfig.model_fields["learning_rate"].description)
     beta: float = Field(0.0, ge=0, description=RlConfig.model_fields["beta"].description)
     temperature: float = Field(1.0, gt=0, description=RlConfig.model_fields["temperature"].description)
-    imitation_steps: int = Field(120, ge=0, description=Grpo.model_fields["imitation_steps"].description)
+    imitation_steps: int = Field(50, ge=0, description=Grpo.model_fields["imitation_steps"].description)
     imitation_error: int = Field(4, ge=0, description=Grpo.model_fields["imitation_error"].description)
     num_layers: int = Field(2, ge=1, description=DecoderSizes.model_fields["num_layers"].description)
     embed_dim: int = Field(64, ge=2, description=DecoderSizes.model_fields["embed_dim"].description)
@@ -391,7 +391,7 @@ RECIPES: dict[str, RecipeEntry] = {
     "grpo_tunix": RecipeEntry(
         GrpoTunix,
         "Tunix on a maxkit model",
-        "the same reinforcement learning by Tunix and by maxkit: the same answers, and both learn to add",
+        "the same reinforcement learning by Tunix and by maxkit: the same answers, and both learn",
         "grpo_tunix.ipynb",
         {"steps": 2, "batch_size": 16, "num_generations": 4, "embed_dim": 32, "mlp_dim": 64, "imitation_steps": 2},
     ),
