@@ -132,6 +132,10 @@ MUTATIONS = [
            "unknown tag 'hide_input'"),
     recipe("known_tags", "no thumbnail", lambda n: tagged(n, "thumbnail").metadata.tags.remove("thumbnail"), "0 cells"),
     recipe("known_tags", "a hidden nbval comment", append("describe_plan", "# NBVAL_IGNORE_OUTPUT"), "NBVAL_ comment"),
+    Mutation("exercises", "an answer not closed", TUTORIAL, lambda n: [
+        c.update(source=c.source.replace("</details>", "", 1)) for c in n.cells], "folded answers"),
+    Mutation("exercises", "no figure", TUTORIAL, lambda n: [
+        c.update(outputs=[]) for c in n.cells if c.cell_type == "code"], "no figure"),
     recipe("clean_run", "a cell not run", lambda n: code(n, "bind(").update(execution_count=None), "count None"),
     recipe("clean_run", "nothing run", lambda n: [c.pop("execution_count", 0) for c in n.cells], "it was never run"),
     recipe("clean_run", "run out of order", lambda n: code(n, "bind(").update(execution_count=9), "count 9"),
@@ -172,6 +176,8 @@ MUTATIONS = [
     recipe("alt_text", "no alt text", lambda n: tagged(n, "thumbnail").metadata.pop("mystnb"), "without a meaningful"),
     recipe("alt_text", "an empty phrase", lambda n: tagged(n, "thumbnail").metadata.mystnb.image.update(
         alt="A figure, figure, figure and figure."), "without a meaningful"),
+    recipe("alt_text", "an overwide picture", lambda n: tagged(n, "thumbnail").outputs[0].metadata["image/png"].update(
+        width=1400), "wider than 720"),
     recipe("legible", "a blank picture", lambda n: picture(n).update({"image/png": drawn((255,) * 4, None)}), "blank"),
     recipe("legible", "dark ink on nothing", lambda n: picture(n).update(
         {"image/png": drawn((0, 0, 0, 0), (20, 20, 20, 255))}), "hard to see on a dark page"),
@@ -211,10 +217,15 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def copy_tree(folder: Path) -> Path:
-    """What the guards read, with the pages of the documentation, in a folder of its own."""
+def copy_tree(folder: Path, guard: str) -> Path:
+    """What a guard reads, in a folder of its own."""
+    if guard not in IN_TREE:
+        for name in (RECIPE, TUTORIAL, "recipes/results/convert-cpu.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        return folder
     for name in ("recipes", "notebooks", "docs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_build", ".ipynb_checkpoints"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_build", "_static"))
     for pattern in ("*.md", "pyproject.toml", "environment.yml", "constraints.txt", "LICENSE"):
         for path in ROOT.glob(pattern):
             shutil.copy(path, folder)
@@ -238,7 +249,7 @@ def messages_before(guard: str) -> set[str]:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.guard}-{m.what.replace(' ', '_')}")
 def test_a_mutation_is_seen(tmp_path, capsys, mutation):
-    root = copy_tree(tmp_path)
+    root = copy_tree(tmp_path, mutation.guard)
     if mutation.file:
         book = read_notebook(root / mutation.file, root)
         assert isinstance(book, Notebook)
@@ -251,6 +262,11 @@ def test_a_mutation_is_seen(tmp_path, capsys, mutation):
     assert found, f"{mutation.guard} does not say {mutation.says!r}: {new}"
     with capsys.disabled():
         print(f"\n{mutation.guard:<16} | {mutation.what:<28} | {found[0]}", end="")
+
+
+def test_the_tree_is_clean():
+    found = guards.check_tree(ROOT)
+    assert not found, "\n".join(["", *map(str, found)])
 
 
 def test_every_guard_has_a_mutation():

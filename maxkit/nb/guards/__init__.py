@@ -19,6 +19,7 @@ NOTEBOOK_GUARDS: tuple[Callable[[Notebook], Iterable[Problem]], ...] = (
     structure.cell_order,
     structure.headings,
     structure.known_tags,
+    structure.exercises,
     structure.clean_run,
     code.setup_cell,
     code.plain_code,

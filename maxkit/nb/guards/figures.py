@@ -16,6 +16,7 @@ PAGES = {"light": (255, 255, 255), "dark": (18, 18, 18)}
 CONTRAST = 3.0
 DRAWN = 0.005  # share of a figure's pixels that are ink; a line, axes and labels make 3 to 10 in a hundred
 KEPT = 0.6  # share of the ink that must stay legible on the other page
+WIDTH = 720  # what a page has room for
 ALT = "mystnb.image.alt in the cell's metadata: 20 to 250 characters on what the figure shows"
 
 
@@ -34,8 +35,10 @@ def alt_text(book: Notebook) -> Iterator[Problem]:
             yield book.problem(number, "two figures with one alt text", f"write {ALT}")
         seen.add(alt)
         for output in shown:
-            if not output.get("metadata", {}).get("image/png", {}).get("alt"):
-                yield book.problem(number, "a picture without alt text or not PNG", "draw it with maxkit.nb's figures")
+            shown_as = output.get("metadata", {}).get("image/png", {})
+            if not shown_as.get("alt") or not 0 < shown_as.get("width", 0) <= WIDTH:
+                wrong = f"a picture that is no PNG, has no alt text, or is wider than {WIDTH} points"
+                yield book.problem(number, wrong, "draw it with maxkit.nb's figures")
 
 
 def legible(book: Notebook) -> Iterator[Problem]:

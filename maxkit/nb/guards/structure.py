@@ -103,6 +103,18 @@ def known_tags(book: Notebook) -> Iterator[Problem]:
         yield book.problem(last, f"{len(thumbnails)} cells are tagged thumbnail", "tag the one figure for the gallery")
 
 
+def exercises(book: Notebook) -> Iterator[Problem]:
+    """A tutorial draws something, and asks questions whose answers are folded away."""
+    if book.is_recipe:
+        return
+    text = "".join(cell.source for _, cell in book.cells("markdown"))
+    if not text.count("<details>") == text.count("</details>") >= 3:
+        wrong = f"{text.count('<details>')} folded answers, {text.count('</details>')} of them closed"
+        yield book.problem(None, wrong, "end with three or more exercises, each answer in <details>...</details>")
+    if not any(images(cell) for _, cell in book.cells("code")):
+        yield book.problem(None, "no figure", "draw what is explained")
+
+
 def clean_run(book: Notebook) -> Iterator[Problem]:
     """Every code cell ran once, from the first to the last, without an error or a word on stderr."""
     if not any(cell.get("execution_count") for _, cell in book.cells("code")):
