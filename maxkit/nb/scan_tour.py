@@ -84,18 +84,20 @@ def measure_depths(config: ModelConfig, depths: Iterable[int], batch: Batch) -> 
 
 def per_layer(rows: Sequence[Mapping[str, Any]], layout: str, quantity: str) -> float:
     """The slope of a straight line through `quantity` over layers."""
-    points = [(row["layers"], row[quantity]) for row in rows if row["layout"] == layout]
-    return float(np.polyfit(*zip(*points, strict=True), 1)[0])
+    return _line(rows, layout, quantity)[0]
 
 
 def crossing(rows: Sequence[Mapping[str, Any]], quantity: str) -> float:
     """The number of layers at which straight lines through both layouts' `quantity` meet."""
-    lines = []
-    for layout in LAYOUTS.values():
-        points = [(row["layers"], row[quantity]) for row in rows if row["layout"] == layout]
-        lines.append(np.polyfit(*zip(*points, strict=True), 1))
-    slope, start = lines[1] - lines[0]
-    return float(-start / slope)
+    (flat, base), (slope, start) = (_line(rows, layout, quantity) for layout in LAYOUTS.values())
+    return (base - start) / (slope - flat)
+
+
+def _line(rows: Sequence[Mapping[str, Any]], layout: str, quantity: str) -> tuple[float, float]:
+    """(slope, value at 0) of the straight line nearest to one layout's values."""
+    x, y = np.array([(row["layers"], row[quantity]) for row in rows if row["layout"] == layout], float).T
+    slope, start = np.polyfit(x, y, 1)
+    return float(slope), float(start)
 
 
 def depth_figure(rows: Sequence[Mapping[str, Any]], quantities: Mapping[str, str], *, title: str) -> Figure:
