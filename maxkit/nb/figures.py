@@ -133,7 +133,8 @@ def metrics_figure(
             axes.plot(*zip(*points, strict=True), color=COLOURS[0], linewidth=1.5, marker=marker, markersize=3)
             axes.set_title(label, loc="left", fontsize=10)
             values = [value for _, value in points]
-            axes.set_ylim(bottom=min(0.0, *values), top=None if any(values) else 1.0)
+            low, high = min(0.0, *values), max(*values, 0.0) or 1.0
+            axes.set_ylim(low - 0.04 * (high - low), high + 0.06 * (high - low))  # a line at 0 stays visible
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(True, color=FAINT, linewidth=0.7)
