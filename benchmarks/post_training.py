@@ -151,7 +151,7 @@ def grpo(loaded: Loaded, count: int) -> dict[str, dict[str, float]]:
         old_per_token_logps=None,
     )
     times: list[float] = []
-    run.cluster.update_actor(noted([example], count + 2, times), None)
+    run.cluster.update_actor(noted(example, count + 2, times), None)
     return {
         "maxkit": {"step_s": statistics.median(ours)},
         "tunix": {"step_s": statistics.median(np.diff(times)[1:])},

@@ -10,6 +10,7 @@ The run folder holds maxkit/ (a run as of the recipe grpo), tunix/ (the model th
 half is done again when the same folder is run again. Next to read: `interop/tunix/learner.py`.
 """
 
+import shutil
 import time
 from typing import Any
 
@@ -93,6 +94,7 @@ class GrpoTunixRun:
         absl.logging.set_verbosity(said)
         self.histories["Tunix"] = run.train(ours.data.train)
         self.held_out["Tunix"] = ours.evaluate(tunix.on_mesh(run.trained, ours.mesh).params)
+        shutil.rmtree(self.folder / "tunix", ignore_errors=True)  # of an earlier execution of this run
         save(run.trained, self.folder / "tunix")
         self.seconds["train"] += time.perf_counter() - start
         return self.histories["Tunix"]
