@@ -96,23 +96,31 @@ def teacher_columns(run: "Run", read: Callable[[], Tree], rows: Rows) -> Columns
     """
     cfg, teacher, params = run.cfg, run.blueprint.teacher, read()
     assert isinstance(cfg, Distill) and teacher is not None
-    function = _top_k(teacher.definition, cfg.teacher_top_k, cfg.distill_temperature)
+    function = _top_k(teacher.definition, cfg.teacher_top_k, cfg.distill_temperature, cfg.num_vocab_tiling)
     return over_rows(run, rows, lambda batch: function(params, batch))
 
 
 @functools.lru_cache(maxsize=4)
-def _top_k(definition: ModelDefinition, k: int, temperature: float) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
+def _top_k(
+    definition: ModelDefinition, k: int, temperature: float, num_tiles: int
+) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
     def of_batch(params: Tree, batch: Batch) -> dict[str, jax.Array]:
         model = definition.merge(params)
         x = model.hidden(batch.tokens, batch.positions, segment_ids=batch.segment_ids).x
+        rows, length, _ = x.shape
+        size = -(-length // num_tiles)
 
-        def of_token(x: jax.Array) -> tuple[jax.Array, jax.Array]:  # [B, D], one position of each row at a time
-            logits = meshes.constrain(model.head(x[:, None])[:, 0] / temperature, "BS")  # V whole, for the sort
-            logps, ids = jax.lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32)), k)
+        def of_tile(x: jax.Array) -> tuple[jax.Array, jax.Array]:  # [B, t, D], one tile's logits exist at a time
+            logits = meshes.constrain(model.head(x).astype(jnp.float32) / temperature, "BTS")  # V whole, for the sort
+            logps, ids = jax.lax.top_k(jax.nn.log_softmax(logits), k)
             return ids, logps
 
-        ids, logps = jax.lax.map(of_token, x.swapaxes(0, 1))
-        return {"teacher_ids": ids.swapaxes(0, 1), "teacher_logps": logps.swapaxes(0, 1)}
+        def whole(parts: jax.Array) -> jax.Array:
+            return parts.swapaxes(0, 1).reshape(rows, num_tiles * size, k)[:, :length]  # (tile, B, t, K) -> (B, T, K)
+
+        padded = jnp.pad(x, ((0, 0), (0, num_tiles * size - length), (0, 0)))
+        ids, logps = jax.lax.map(of_tile, padded.reshape(rows, num_tiles, size, -1).swapaxes(0, 1))
+        return {"teacher_ids": whole(ids), "teacher_logps": whole(logps)}
 
     return jax.jit(of_batch)
 
