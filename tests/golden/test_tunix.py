@@ -4,6 +4,7 @@
 Everything goes through public extension points: at the end, every attribute of tunix and jax is what it was before.
 """
 
+import dataclasses
 import sys
 from types import ModuleType
 
@@ -21,7 +22,6 @@ from maxkit.checkpoint.load import Loaded
 from maxkit.data.preferences import encode_side
 from maxkit.data.tokenizer import Tokenizer, train_bpe
 from maxkit.errors import UserError
-from maxkit.infer.engine import Engine
 from maxkit.models.config import BlockSpec, Execution, MoeConfig
 from maxkit.models.definition import ModelDefinition
 from maxkit.models.lora import LoraConfig
@@ -146,13 +146,13 @@ def test_dropout_is_fresh_in_training_and_off_otherwise():
     loaded = make_loaded("moe with dropout")
     model = maxkit.interop.tunix.for_tunix(loaded, seed=3)
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 48, (2, 8)).repeat(2, axis=0))
-    first, _ = model(tokens)
-    second, _ = model(tokens)
+    call = nnx.jit(lambda model, tokens: model(tokens)[0])
+    first, second = call(model, tokens), call(model, tokens)
     assert np.abs(first - second).max() > 1e-3, "the same mask in two calls"
     np.testing.assert_array_equal(first[0], first[1])  # equal rows, equal masks
     model.eval()
-    plain, _ = loaded.model(tokens)
-    np.testing.assert_allclose(model(tokens)[0], plain, atol=1e-6)
+    plain = call(loaded.model, tokens)
+    np.testing.assert_allclose(call(model, tokens), plain, atol=1e-6)
     assert np.abs(first - plain).max() > 1e-3
 
 
@@ -188,9 +188,9 @@ def test_dpo_starts_at_ln_2(kind):
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_grpo_steps(kind, tmp_path):
-    loaded = make_loaded(kind)
+def test_two_grpo_steps_of_a_moe_with_dropout(tmp_path):
+    """A dense model: tests/notebooks/test_recipes.py, beside maxkit's own loop."""
+    loaded = make_loaded("moe with dropout")
     loaded.tokenizer.chat_template = None
     cfg = RlConfig(
         dataset="arithmetic:+", batch_size=8, num_generations=4, seq_len=16, max_new_tokens=4, rewards=REWARD, beta=0.1
@@ -204,8 +204,6 @@ def test_two_grpo_steps(kind, tmp_path):
     logger = trainer.metrics_logger
     clipped = logger.get_metric_history("actor", "pg_clipfrac", "train")
     assert float(clipped[0]) == 0.0
-    if kind == "dense":  # with dropout the policy differs from its reference before the first update
-        assert abs(float(logger.get_metric_history("actor", "kl", "train")[0])) < 1e-6
     back = run.trained
     assert not np.array_equal(*(_trained_leaf(x) for x in (back, loaded)))
     maxkit.save(back, tmp_path / "saved")
@@ -227,37 +225,38 @@ def test_rollouts_of_both_sides():
 
     interop = maxkit.interop.tunix
     loaded = make_loaded("dense")
-    prompts = [[3, 4, 5], [7], [11, 12, 13, 14, 15]]
-    options = {"max_new_tokens": 6, "top_k": None, "top_p": None}
-    theirs = interop.TunixRollout(loaded.definition, max_prompt_length=8, max_new_tokens=6, eos_ids=(0,), pad_id=260)
-    engine = Engine(loaded.definition, loaded.params, eos_ids=(0,))
-    ours = engine.generate_batch(prompts, max_new_tokens=6)
-    greedy = theirs.generate(loaded.params, prompts, temperature=0.0, seed=0, first_request=0, **options)
-    assert greedy.tokens == ours.tokens
-    np.testing.assert_array_equal(greedy.stopped, ours.stopped)
-    np.testing.assert_allclose(np.concatenate(greedy.logps), np.concatenate(ours.logps), atol=2e-5)
-    drawn = [
-        theirs.generate(loaded.params, [prompts[0]] * 2, temperature=1.0, seed=0, first_request=first, **options).tokens
-        for first in (0, 2, 0)
-    ]
-    assert drawn[0] == drawn[2] != drawn[1]
-    assert drawn[0][0] != drawn[0][1]
-
     tokenizer = interop.TunixTokenizer(TOKENIZER, loaded.config.vocab_size)
     config = RolloutConfig(max_tokens_to_generate=6, max_prompt_length=8, temperature=0.7, return_logprobs=True)
     mesh = interop.auto_mesh()
-    rollout = interop.MaxkitRollout(rollout_actor=loaded.model, tokenizer=tokenizer, mesh=mesh, rollout_config=config)
-    first, second = (rollout.generate(["1+2="] * 3, config) for _ in range(2))
+    ours = interop.MaxkitRollout(rollout_actor=loaded.model, tokenizer=tokenizer, mesh=mesh, rollout_config=config)
+    ends = (tokenizer.eos_id(), tokenizer.pad_id())
+    theirs = interop.TunixRollout(
+        loaded.definition, max_prompt_length=8, max_new_tokens=6, eos_ids=ends, pad_id=tokenizer.pad_id() + 1
+    )
+    texts = ["1+2=", "7", "3-4*55="]
+    prompts, options = [TOKENIZER.encode(text) for text in texts], {"max_new_tokens": 6, "top_k": None, "top_p": None}
+    engine = ours.generate(texts, dataclasses.replace(config, temperature=0.0))
+    greedy = theirs.generate(loaded.params, prompts, temperature=0.0, seed=0, first_request=0, **options)
+    assert greedy.tokens == [row.tolist() for row in engine.tokens]
+    np.testing.assert_allclose(np.concatenate(greedy.logps), np.concatenate(engine.logprobs), atol=2e-5)
+
+    drawn = [
+        theirs.generate(loaded.params, [prompts[0]] * 3, temperature=0.7, seed=0, first_request=first, **options).tokens
+        for first in (0, 3, 0)
+    ]
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert drawn[0][0] != drawn[0][1]
+    first, second = (ours.generate(["1+2="] * 3, config) for _ in range(2))
     assert len({tuple(row) for out in (first, second) for row in out.tokens}) == 6, "noise used twice"
+
     completions = np.full((3, 6), tokenizer.pad_id(), np.int32)
     for row, tokens in enumerate(first.tokens):
         completions[row, : len(tokens)] = tokens
-    logps = rollout.get_per_token_logps(jnp.asarray(first.left_padded_prompt_tokens), jnp.asarray(completions))
+    logps = ours.get_per_token_logps(jnp.asarray(first.left_padded_prompt_tokens), jnp.asarray(completions))
     for row, expected in enumerate(first.logprobs):
         np.testing.assert_allclose(logps[row, : len(expected)], expected, atol=2e-5)
-    changed = jax.tree.map(lambda x: x * 1.5, nnx.state(rollout.model(), nnx.Param))
-    rollout.update_params(changed)
-    np.testing.assert_array_equal(rollout.model().final_norm.scale[...], 1.5 * loaded.params["final_norm"]["scale"])
+    ours.update_params(jax.tree.map(lambda x: x * 1.5, nnx.state(ours.model(), nnx.Param)))
+    np.testing.assert_array_equal(ours.model().final_norm.scale[...], 1.5 * loaded.params["final_norm"]["scale"])
 
 
 def test_refusals():
