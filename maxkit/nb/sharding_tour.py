@@ -40,8 +40,8 @@ def simulate_devices(count: int) -> list[jax.Device]:
         UserError: JAX has already counted its devices, which it does once.
     """
     try:
+        jax.config.update("jax_num_cpu_devices", count)  # first: it is refused when JAX has started
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         pass  # it has started; what it found may be enough
     if jax.device_count() != count or jax.default_backend() != "cpu":

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tutorials measure and draw: against sums by hand, with models of a few thousand weights."""
 
+import jax
 import numpy as np
 import pytest
+from tiny_models import TINY
 
+from maxkit import mesh as meshes
 from maxkit.data.chat import encode_chat
 from maxkit.data.packing import pack
-from maxkit.nb import accumulation, packing_tour
+from maxkit.errors import UserError
+from maxkit.models.definition import ModelDefinition
+from maxkit.nb import accumulation, objective_figures, packing_tour, scan_tour, sharding_tour
+from maxkit.objectives import preference
 
 CHATS = [
     [{"role": "user", "content": "a b?"}, {"role": "assistant", "content": "c."}],
@@ -59,3 +65,40 @@ def test_a_packed_row_is_drawn_and_its_leaks_are_counted() -> None:
     assert packing_tour.leaks(causal.T, own) == (first * second, first * second)
     assert packing_tour.leaks(causal * (own[:, None] == own), own) == (0, 0)
     assert is_good(packing_tour.influence_figure({"neither": causal}, own, title="Who sees whom"))
+
+
+def test_lines_through_both_layouts_cross_where_they_do() -> None:
+    cost = {"scanned": lambda n: 3.0, "unrolled": lambda n: 1 + 0.25 * n}
+    rows = [{"layers": n, "layout": name, "compile": of(n)} for n in (1, 4, 16) for name, of in cost.items()]
+    assert scan_tour.per_layer(rows, "unrolled", "compile") == pytest.approx(0.25)
+    assert scan_tour.crossing(rows, "compile") == pytest.approx(8)
+    figure = scan_tour.depth_figure(rows, {"compile": "seconds"}, title="Depth")
+    assert "at 16 layers scanned and unrolled, seconds 3 and 5" in figure.alt
+    assert scan_tour.with_layers(TINY, 5).num_layers == 5
+
+
+def test_devices_cannot_be_simulated_once_jax_has_started() -> None:
+    started = jax.device_count()
+    with pytest.raises(UserError, match=f"{started + 1} CPU devices .* restart the kernel"):
+        sharding_tour.simulate_devices(started + 1)
+    assert jax.device_count() == started
+
+
+def test_one_device_holds_everything_and_what_is_sent_is_added_up() -> None:
+    mesh = meshes.make_mesh("", jax.devices()[:1])
+    sharding = meshes.weight_sharding("DF", (8, 4), mesh)
+    assert sharding_tour.parts(sharding, (8, 4)) == {((0, 8), (0, 4)): [jax.devices()[0].id]}
+    definition = ModelDefinition(TINY)
+    assert sharding_tour.held_bytes(definition, mesh) == 4 * definition.num_params
+    rows = [{"mesh": "fsdp:8", "held": 1000, "sent": {"all-gather": 3000, "all-reduce": 2000}}]
+    assert "fsdp:8 1 and 5" in sharding_tour.traffic_figure(rows, title="Traffic").alt
+
+
+def test_slopes_and_shares_are_those_of_the_formulas() -> None:
+    assert objective_figures.slope(lambda h: preference.sigmoid(h, 0.5), 0.0) == pytest.approx(-0.25)
+    assert objective_figures.token_shares([2, 8], "sequence_mean") == pytest.approx([1 / 4, 1 / 16])
+    assert objective_figures.token_shares([2, 8], "token_mean") == pytest.approx([0.1, 0.1])
+    assert objective_figures.token_shares([2, 8], "sequence_scale", 8) == pytest.approx([1 / 16, 1 / 16])
+    figure = objective_figures.clipping_figure(title="Clipping", epsilon_low=0.2, epsilon_high=0.5)
+    assert "advantage +1 from ratio 1.5" in figure.alt and "to 0.80" in figure.alt
+    assert is_good(objective_figures.margins_figure({"DPO": preference.sigmoid}, title="Margins"))
