@@ -137,7 +137,8 @@ MUTATIONS = [
     Mutation("exercises", "no figure", TUTORIAL, lambda n: [
         c.update(outputs=[]) for c in n.cells if c.cell_type == "code"], "no figure"),
     recipe("clean_run", "a cell not run", lambda n: code(n, "bind(").update(execution_count=None), "count None"),
-    recipe("clean_run", "nothing run", lambda n: [c.pop("execution_count", 0) for c in n.cells], "it was never run"),
+    recipe("clean_run", "nothing run", lambda n: [
+        c.update(execution_count=None) for c in n.cells if c.cell_type == "code"], "it was never run"),
     recipe("clean_run", "run out of order", lambda n: code(n, "bind(").update(execution_count=9), "count 9"),
     recipe("clean_run", "an error output", lambda n: code(n, "bind(").outputs.append(
         type(n)(output_type="error", ename="KeyError", evalue="x", traceback=[])), "shows an error: KeyError"),
@@ -238,8 +239,10 @@ def messages(root: Path, guard: str) -> set[str]:
         tree, unreadable = read_tree(root)
         assert not unreadable
         return {str(problem.of(GUARDS[guard])) for problem in GUARDS[guard](tree)}
-    books = [read_notebook(root / name, root) for name in (RECIPE, TUTORIAL)]
-    return {str(problem.of(GUARDS[guard])) for book in books for problem in GUARDS[guard](book)}
+    read = [read_notebook(root / name, root) for name in (RECIPE, TUTORIAL)]
+    books = [book for book in read if isinstance(book, Notebook)]
+    found = [problem.of(GUARDS[guard]) for book in books for problem in GUARDS[guard](book)]
+    return {str(problem) for problem in [*found, *(book for book in read if not isinstance(book, Notebook))]}
 
 
 @functools.cache
@@ -275,7 +278,8 @@ def test_every_guard_has_a_mutation():
 
 def test_what_is_no_notebook_is_a_problem_not_a_crash(tmp_path):
     (tmp_path / "recipes").mkdir()
-    for name, content in {"empty": "", "list": "[]", "table": "{}"}.items():
+    bare = {"cells": [{"cell_type": "code"}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    for name, content in {"empty": "", "list": "[]", "table": "{}", "bare": json.dumps(bare)}.items():
         path = tmp_path / "recipes" / f"{name}.ipynb"
         path.write_text(content)
         (problem,) = guards.check_notebooks([path])

@@ -91,15 +91,21 @@ def shown_text(cell: Any) -> str:
 
 
 def read_notebook(path: Path, root: Path) -> Notebook | Problem:
-    """The notebook, or the one problem that keeps it from being read."""
+    """The notebook, or the one problem that keeps the guards from looking into it."""
     import nbformat
     from nbformat.v4.rwbase import rejoin_lines
+    from nbformat.validator import iter_validate
 
     name = path.relative_to(root).as_posix()
     try:
         # Not nbformat.read: it would mend what is to be found.
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Notebook(path, name, rejoin_lines(nbformat.from_dict(content)))
+        content = nbformat.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        for error in iter_validate(content, version=4, version_minor=5):
+            place = [*error.absolute_path, "", ""]
+            cell = int(place[1]) + 1 if place[0] == "cells" and place[1] != "" else None
+            wrong = f"not valid nbformat 4.5: {error.message[:150]}"
+            return Problem(name, wrong, "write it with Jupyter", cell, guard="file_format")
+        return Notebook(path, name, rejoin_lines(content))
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         wrong = f"not a notebook ({type(error).__name__}: {error})"
         return Problem(name, wrong, "take it from version control or write it with Jupyter", guard="file_format")
