@@ -19,6 +19,12 @@ SYNONYMS = {
     "tfrac": "frac",
     "dfrac": "frac",
     "operatorname*": "operatorname",
+    "big": "bigl",
+    "Big": "Bigl",
+    "bigg": "biggl",
+    "Bigg": "Biggl",
+    "stackrel": "overset",
+    "texttt": "mathtt",
 }
 logger = logging.getLogger(__name__)
 
