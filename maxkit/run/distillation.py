@@ -27,7 +27,7 @@ def teacher(run: "Run") -> Loaded:
     return Loaded(found.definition, params, run.tokenizer, tuple(run.report), run.cfg.teacher, run.mesh)
 
 
-def next_tokens(run: "Run", prompt: Any, count: int = 6) -> dict[str, dict[str, float]]:
+def next_tokens(run: "Run", prompt: Any, count: int = 4) -> dict[str, dict[str, float]]:
     """What may come after `prompt` (text, or chat messages to answer), as `maxkit.nb.bars_figure` takes it.
 
     {token: {"teacher": p, "student before": p, "student after": p}} for the teacher's `count` likeliest tokens, and
