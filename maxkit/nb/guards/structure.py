@@ -13,7 +13,7 @@ RUN_AGAIN = "run maxkit refresh"
 
 
 def file_format(book: Notebook) -> Iterator[Problem]:
-    """Ids of their own, a Python kernel, nothing of widgets or runners, not too large; valid it is, or it is not read."""
+    """Ids of their own, a Python kernel, nothing of widgets or runners, not too large (the schema: `read_notebook`)."""
     ids = [cell.get("id") for cell in book.node.cells]
     for number, name in enumerate(ids, 1):
         if name in ids[: number - 1]:
