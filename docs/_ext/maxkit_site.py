@@ -77,12 +77,17 @@ def finish(app: Any, exception: Exception | None) -> None:
 def as_restructured_text(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """The docstrings are plain text with backticks around code: nothing else in them is markup.
 
-    Lines of a paragraph are joined; `name: meaning` lines, and lines after a dash, become a list.
+    Lines of a paragraph are joined; `name: meaning` lines, and lines after a dash, become a list; an indented
+    paragraph is code.
     """
     if what == "data" and value.__doc__ == type(value).__doc__:
         lines.clear()  # a constant has no docstring of its own
     paragraphs = re.split(r"\n\s*\n", "\n".join(lines))
-    lines[:] = "\n\n".join(map(_paragraph, paragraphs)).split("\n")
+    found = []
+    for before, text in zip(["", *paragraphs], paragraphs, strict=False):
+        is_code = all(row.startswith("    ") for row in text.split("\n")) and not FIELD.match(before)
+        found.append(f"::\n\n{text}" if is_code and text.strip() else _paragraph(text))
+    lines[:] = "\n\n".join(found).split("\n")
 
 
 FIELD = re.compile(r"\s*:\w+[^:]*:|\s*\.\. .*::")  # what napoleon makes of a section

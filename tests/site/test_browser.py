@@ -79,6 +79,8 @@ def test_every_card_has_its_figure_and_leads_to_its_page(open_page):
     page = open_page("gallery.html")
     cards = page.locator(".mk-card")
     assert cards.count() == len(PAGES) - 7
+    named = "cards => cards.filter(card => !card.querySelector('img')).map(card => card.dataset.name)"
+    assert cards.evaluate_all(named) == [], "without a figure"
     for i in range(cards.count()):
         image = cards.nth(i).locator("img")
         image.scroll_into_view_if_needed()
