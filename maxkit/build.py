@@ -73,7 +73,8 @@ def blueprint(
     config, source, start = architecture(cfg) if config is None else (config, None, None)
     if isinstance(cfg, Distill) and cfg.student_layers:
         config, _ = shallower(config, cfg.student_layers, start or cfg.model)
-        source = source and KeptLayers(source, cfg.student_layers, start)
+        kept: Any = KeptLayers(source, cfg.student_layers, start) if source is not None else None
+        source = kept
     teacher = open_teacher(cfg, config) if isinstance(cfg, Distill) else None
     online = teacher.definition if isinstance(cfg, Distill) and teacher and not cfg.teacher_top_k else None
     stored, place = stored_scan_layers, where
