@@ -42,7 +42,9 @@ def to_mathml(tex: str, *, as_block: bool) -> str:
         MathError: it has something that the translator does not know.
     """
     known = re.sub(r"\\([a-zA-Z]+\*?)", lambda found: "\\" + SYNONYMS.get(found[1], found[1]), tex)
-    return latex2mathml.tex2mathml(known, as_block=as_block)
+    written = latex2mathml.tex2mathml(known, as_block=as_block)
+    # Browsers leave no room between a function's name and what it is applied to.
+    return written.replace("<mo>&ApplyFunction;</mo>", '<mo rspace="0.17em">&ApplyFunction;</mo>')
 
 
 def _inline(writer: Any, node: nodes.math) -> None:
