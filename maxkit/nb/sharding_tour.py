@@ -5,7 +5,7 @@ Every picture is read from the arrays' own shardings and from the compiled progr
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ from maxkit.nb.architecture import random_values
 from maxkit.nb.figures import COLOURS, FAINT, INK, STYLE, Figure, finish
 from maxkit.nb.scan_tour import random_batch
 from maxkit.objectives.next_token import NextToken
-from maxkit.plan import hlo
 from maxkit.train.step import train_step
 from maxkit.types import TrainState
 
@@ -118,11 +117,18 @@ def _draw_parts(axes: Axes, held: Mapping[tuple[tuple[int, int], ...], list[int]
 
 
 def run_step(
-    config: ModelConfig, description: str, *, rows: int, length: int, devices: int | None = None
+    config: ModelConfig,
+    description: str,
+    read: Callable[[str], Iterable[Any]],
+    *,
+    rows: int,
+    length: int,
+    devices: int | None = None,
 ) -> dict[str, Any]:
     """One training step (SGD) on a mesh: "mesh", "held" bytes of weights per device, "loss", {opcode: bytes} as "sent".
 
-    "sent": per device and step, counted as `plan/hlo.py` does. The weights are the same for every mesh.
+    read: `plan.hlo.collectives`, which finds them in the compiled program's text; bytes per device and step, as counted
+    there. The weights are the same for every mesh.
     """
     mesh = meshes.make_mesh(description, jax.devices()[:devices])
     # Unrolled: a loop's body stands once in the program, and its trips are written differently by each compiler.
@@ -136,7 +142,7 @@ def run_step(
         state = TrainState(step, params, {}, optimizer.init(params), key)
         compiled = jax.jit(train_step(definition, NextToken(num_tiles=1), optimizer)).lower(state, batch).compile()
         loss = float(compiled(state, batch)[1]["loss"])
-    found = hlo.collectives(compiled.as_text())
+    found = list(read(compiled.as_text()))
     return {
         "mesh": description or "1 device",
         "tokens": rows * length,
