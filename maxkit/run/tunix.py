@@ -12,6 +12,7 @@ half is done again when the same folder is run again. Next to read: `interop/tun
 
 import shutil
 import time
+import warnings
 from typing import Any
 
 import absl.logging
@@ -84,13 +85,15 @@ class GrpoTunixRun:
         loaded = Loaded(ours.definition, params, ours.tokenizer, report, str(ours.folder))
         said = absl.logging.get_verbosity()
         absl.logging.set_verbosity(absl.logging.ERROR)  # it warns that a CPU is no TPU
-        run = tunix.GrpoRun(
-            loaded,
-            ours.cfg,
-            optimizer=tunix.plain_trees(ours.blueprint.optimizer),
-            steps=self.cfg.steps,
-            rollout_engine="vanilla" if self.cfg.rollout == "tunix" else None,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="IProgress not found")  # by the progress bar that it imports
+            run = tunix.GrpoRun(
+                loaded,
+                ours.cfg,
+                optimizer=tunix.plain_trees(ours.blueprint.optimizer),
+                steps=self.cfg.steps,
+                rollout_engine="vanilla" if self.cfg.rollout == "tunix" else None,
+            )
         absl.logging.set_verbosity(said)
         self.histories["Tunix"] = run.train(ours.data.train)
         self.held_out["Tunix"] = ours.evaluate(tunix.on_mesh(run.trained, ours.mesh).params)
