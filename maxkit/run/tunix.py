@@ -123,6 +123,7 @@ class GrpoTunixRun:
         return nb.loss_figure(
             ours,
             y="reward",
+            label="maxkit",
             others={"Tunix": [(row["step"], row["reward"]) for row in tunix_rows]},
             lines={"held out, before": self.held_out["before"].metrics["reward"]},
             title=title,
