@@ -54,9 +54,11 @@ def builder_data() -> dict[str, Any]:
 def recipe(entry: Entry) -> dict[str, Any]:
     """One recipe: its options, the rules between them, what was measured."""
     kind = RECIPES[entry.name].config
-    values = {name: candidates(kind, name) for name in kind.model_fields}
-    groups, values = related(kind, values)
-    together = {name for group in groups for name in group}
+    offered = {name: candidates(kind, name) for name in kind.model_fields}
+    groups, values = related(kind, offered)
+    # A value within the range that is refused all the same: the parameter is not free, whoever it depends on.
+    together = {name for name in offered if len(values[name]) < len(offered[name])}
+    together |= {name for group in groups for name in group}
     options = [option(kind, row, values[row["name"]], row["name"] in together) for row in ordered(kind)]
     return {
         "name": entry.name,
@@ -169,15 +171,22 @@ def _of_type(annotation: Any, default: Any, limits: dict[str, float]) -> Iterabl
     if annotation is bool:
         return (True, False)
     if annotation is int:
+        # 3 shows what must divide: multiples of the default alone would not.
         scaled = [default * factor / 4 for factor in (1, 2, 8, 16, 32, 64)] if default else [1, 2, 4, 8, 16, 64]
-        return sorted({int(v) for v in [*limits.values(), *scaled] if v == int(v) and v < 2**20})
+        found = {int(v) for v in [*limits.values(), 3, *scaled] if v == int(v) and v < 2**20}
+        return sorted(v for v in found if _within(v, limits))
     if annotation is float:
         scaled = [float(f"{default * factor:.6g}") for factor in (0.1, 0.5, 2, 10)] if default else [0.01, 0.1, 1.0]
-        return sorted({float(v) for v in [*limits.values(), *scaled]})
+        return sorted(v for v in {float(v) for v in [*limits.values(), *scaled]} if _within(v, limits))
     if isinstance(default, tuple):
         return [(item,) for item in default]
     members = [a for a in get_args(annotation) if a is not type(None)] if _is_union(annotation) else []
     return [value for member in members for value in _of_type(member, 64 if member is int else 1.0, limits)]
+
+
+def _within(value: float, limits: dict[str, float]) -> bool:
+    above = value >= limits.get("ge", value) and ("gt" not in limits or value > limits["gt"])
+    return above and value <= limits.get("le", value) and ("lt" not in limits or value < limits["lt"])
 
 
 def _is_union(annotation: Any) -> bool:
