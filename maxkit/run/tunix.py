@@ -10,6 +10,8 @@ The run folder holds maxkit/ (a run as of the recipe grpo), tunix/ (the model th
 half is done again when the same folder is run again. Next to read: `interop/tunix/learner.py`.
 """
 
+import contextlib
+import io
 import shutil
 import time
 import warnings
@@ -95,7 +97,8 @@ class GrpoTunixRun:
                 rollout_engine="vanilla" if self.cfg.rollout == "tunix" else None,
             )
         absl.logging.set_verbosity(said)
-        self.histories["Tunix"] = run.train(ours.data.train)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            self.histories["Tunix"] = run.train(ours.data.train)
         self.held_out["Tunix"] = ours.evaluate(tunix.on_mesh(run.trained, ours.mesh).params)
         shutil.rmtree(self.folder / "tunix", ignore_errors=True)  # of an earlier execution of this run
         save(run.trained, self.folder / "tunix")
