@@ -66,10 +66,10 @@ def imitate(run: Run) -> Imitated:
     first.finish()
     source = load.open_source(first.folder)
     run.blueprint = dataclasses.replace(run.blueprint, source=source, start=str(first.folder))
-    shown = [
-        {"question": p.text, "right answer": p.columns["answer"], "what it sees": a} for p, a in examples[::COPIES]
-    ]
-    return Imitated(shown, history)
+    seen = examples[:: max(len(examples) // len(run.data.train), 1)]  # one of each question
+    return Imitated(
+        [{"question": p.text, "right answer": p.columns["answer"], "answer shown": text} for p, text in seen], history
+    )
 
 
 def careless(prompts: Sequence[Prompt], error: int, seed: int) -> list[tuple[Prompt, str]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from maxkit.errors import UserError
-from maxkit.nb.figures import Figure, bars_figure, intervals_figure, loss_figure
+from maxkit.nb.figures import Figure, bars_figure, intervals_figure, loss_figure, metrics_figure
 
 HISTORY = [{"step": i, "loss": 4.0 / i + 1} for i in range(1, 41)]
 
@@ -94,3 +94,12 @@ def test_refusals(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write figure"):
         loss_figure(HISTORY, save_as=tmp_path / "file" / "loss")
+
+
+def test_small_charts_name_what_they_show_and_refuse_what_is_not_there() -> None:
+    history = [{"step": i, "entropy": 1 / i, "clipped": 0.0} for i in range(1, 9)]
+    figure = metrics_figure(history, {"entropy": "entropy", "clipped tokens": "clipped"}, title="Health")
+    assert figure.alt == "2 line charts, Health: entropy from 1 to 0.125; clipped tokens from 0 to 0."
+    assert "clipped tokens</text>" in figure.svg and pixels(figure)[..., :3].std() > 0.05
+    with pytest.raises(UserError, match="no row of the history has 'kl'"):
+        metrics_figure(history, {"divergence": "kl"}, title="Health")
