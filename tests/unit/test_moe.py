@@ -77,7 +77,7 @@ def test_groups_and_blocks_agree_however_uneven_the_load(tokens, scale_inputs):
     """All on one expert, experts without a token, choices of nobody; more experts than rows too."""
     draw = np.random.default_rng(3)
     cfg = config(expert_bias=True)
-    parameters = layer(cfg).experts.parameters()
+    parameters = layer(cfg).experts.parameters(jnp.float32)
     x = jnp.asarray(draw.normal(size=(2, tokens, 16)), jnp.float32)
     weights = jnp.asarray(draw.random((2, tokens, 2)), jnp.float32)
     spread = np.stack([draw.choice(8, 2, replace=False) for _ in range(2 * tokens)]).reshape(2, tokens, 2)
@@ -186,7 +186,7 @@ def test_the_layer_is_a_weighted_sum_of_mlps(variant):
     cfg = config(**VARIANTS[variant])
     made, (x, _) = layer(cfg), inputs()
     y, _ = jax.jit(lambda x: made(x, context()))(x)
-    parameters = {name: np.asarray(value, np.float64) for name, value in made.experts.parameters().items()}
+    parameters = {name: np.asarray(value, np.float64) for name, value in made.experts.parameters(jnp.float32).items()}
     correction = made.router.correction
     correction = np.zeros(8) if correction is None else np.asarray(correction[...], np.float64)
     shared = np.zeros(x.shape) if made.shared is None else np.asarray(made.shared(x), np.float64)
@@ -241,7 +241,7 @@ def test_what_exceeds_the_capacity_is_dropped_by_priority_and_counted():
         x,
         jnp.asarray(np.where(kept, choice, 8)),
         routing.weights,
-        made.experts.parameters(),
+        made.experts.parameters(jnp.float32),
         functools.partial(gated, cfg),
         dispatch="dense",
     )

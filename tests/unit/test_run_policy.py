@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GRPO run of a tiny model, from imitation to the record: resumed in the middle of a rollout, accumulated, refused."""
+"""A GRPO run of a tiny model, imitation to record: resumed inside a rollout, accumulated, refused."""
 
 import dataclasses
 import json

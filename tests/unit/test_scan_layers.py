@@ -33,6 +33,8 @@ from maxkit.nb.execute import find_notebook, prepare
 from maxkit.train.config import SCAN_LAYERS
 
 MAXTEXT = Path(__file__).parent.parent / "fixtures" / "maxtext"
+# What a recipe must be told of so small a model besides.
+OWN = {"distill": lambda model: {"teacher": model, "student_layers": 0}}
 TRAINING = [name for name, entry in RECIPES.items() if issubclass(entry.config, RecipeConfig)]
 SPELLINGS = {
     "run": "{run}",
@@ -176,6 +178,7 @@ def test_weights_of_a_recipe_keep_their_layout(stored, tmp_path, monkeypatch, re
     for (scan, given), source in itertools.product(STATES, SOURCES):
         path = SPELLINGS[spelling].format(run=stored[scan])
         settings = {"run_dir": str(tmp_path), "seq_len": 16, "model": "", "load_parameters_path": path}
+        settings |= OWN.get(recipe, lambda model: {})(str(stored[scan]))
         if entry == "model" or recipe != "pretrain":  # the others need a tokenizer, which `model` has
             settings["model"] = path if entry == "model" else str(stored[scan])
         if entry == "model":
@@ -195,6 +198,7 @@ def test_a_continued_run_keeps_its_layout(stored, tmp_path, monkeypatch, recipe,
             continue
         path = SPELLINGS[spelling].format(run=stored[scan])
         settings = {"run_dir": path, "seq_len": 16, "model": str(stored[scan])}
+        settings |= OWN.get(recipe, lambda model: {})(str(stored[scan]))
         attempt = functools.partial(config_from, recipe, source, given, settings, tmp_path, monkeypatch)
         expect(
             f"{recipe} resume",
