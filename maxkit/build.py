@@ -30,10 +30,10 @@ from maxkit.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """The structure of a teacher, and where its weights are."""
+    """The structure of a teacher, and where its weights are (None: a plan, which needs none)."""
 
     definition: ModelDefinition
-    source: load.Source
+    source: load.Source | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,14 @@ def blueprint(
     where: object = "",
     *,
     config: ModelConfig | None = None,
+    teacher_config: ModelConfig | None = None,
 ) -> Blueprint:
     """The pieces of the run that `cfg` describes.
 
     Args:
         stored_scan_layers: the layout in the run's own checkpoint at `where`: it wins over the source's.
-        config: the architecture, where it is known and there are no weights to find (a plan).
+        config, teacher_config: the architecture of the model and of its teacher, where it is known and there are no
+            weights to find (a plan).
 
     Raises:
         UserError: unknown model, contradicting descriptions, an explicit `scan_layers` that is not the stored one,
@@ -75,7 +77,7 @@ def blueprint(
         config, _ = shallower(config, cfg.student_layers, start or cfg.model)
         kept: Any = KeptLayers(source, cfg.student_layers, start) if source is not None else None
         source = kept
-    teacher = open_teacher(cfg, config) if isinstance(cfg, Distill) else None
+    teacher = open_teacher(cfg, config, teacher_config) if isinstance(cfg, Distill) else None
     online = teacher.definition if isinstance(cfg, Distill) and teacher and not cfg.teacher_top_k else None
     stored, place = stored_scan_layers, where
     if stored is None and source is not None:
@@ -110,22 +112,21 @@ def blueprint(
     )
 
 
-def open_teacher(cfg: Distill, student: ModelConfig) -> Teacher:
-    """The model that `cfg.teacher` names, in its own layout.
+def open_teacher(cfg: Distill, student: ModelConfig, config: ModelConfig | None = None) -> Teacher:
+    """The model that `cfg.teacher` names, in its own layout; of a known `config`, its structure alone.
 
     Raises:
         UserError: no such model, one whose tokens are not the student's, or one that reads shorter texts.
     """
-    source = load.open_source(cfg.teacher, cfg.teacher_config)
-    if cfg.seq_len > source.config.max_seq_len:
-        raise UserError(f"seq_len={cfg.seq_len}: teacher={cfg.teacher} allows max_seq_len={source.config.max_seq_len}")
-    if cfg.teacher_top_k > source.config.vocab_size:
+    source = load.open_source(cfg.teacher, cfg.teacher_config) if config is None else None
+    config = source.config if source is not None else config
+    if cfg.seq_len > config.max_seq_len:
+        raise UserError(f"seq_len={cfg.seq_len}: teacher={cfg.teacher} allows max_seq_len={config.max_seq_len}")
+    if cfg.teacher_top_k > config.vocab_size:
+        raise UserError(f"teacher_top_k={cfg.teacher_top_k}: teacher={cfg.teacher} has vocab_size={config.vocab_size}")
+    if config.vocab_size != student.vocab_size:
         raise UserError(
-            f"teacher_top_k={cfg.teacher_top_k}: teacher={cfg.teacher} has vocab_size={source.config.vocab_size}"
-        )
-    if source.config.vocab_size != student.vocab_size:
-        raise UserError(
-            f"teacher={cfg.teacher} has vocab_size={source.config.vocab_size} and model={cfg.model} has "
+            f"teacher={cfg.teacher} has vocab_size={config.vocab_size} and model={cfg.model} has "
             f"{student.vocab_size}: distillation compares token by token, and needs one tokenizer"
         )
     scan_layers = getattr(source, "scan_layers", None)
@@ -136,7 +137,7 @@ def open_teacher(cfg: Distill, student: ModelConfig) -> Teacher:
         moe_dispatch=cfg.moe_dispatch,
         moe_capacity_factor=cfg.moe_capacity_factor,
     )
-    return Teacher(ModelDefinition(source.config, execution, getattr(source, "lora", None)), source)
+    return Teacher(ModelDefinition(config, execution, getattr(source, "lora", None)), source)
 
 
 def objective(cfg: RecipeConfig, teacher: ModelDefinition | None = None) -> Objective:

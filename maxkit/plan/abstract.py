@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state and the batch of a training step as shapes with shardings: no weights are read, no array is made."""
+"""The arguments of a training step as shapes with shardings: no weights are read, no array is made."""
 
 import math
 from pathlib import Path
@@ -10,36 +10,38 @@ from jax.sharding import Mesh
 
 from maxkit import build
 from maxkit import mesh as meshes
-from maxkit.config import RecipeConfig
+from maxkit.config import Distill, RecipeConfig
 from maxkit.formats import presets
 from maxkit.formats.huggingface import read_config
+from maxkit.models.config import ModelConfig
+from maxkit.models.definition import ModelDefinition
 from maxkit.types import TrainState, Tree
 
 
 def blueprint(cfg: RecipeConfig) -> build.Blueprint:
-    """What `run` builds of this config; a `model` may here be a preset or a folder with a config.json and no weights.
+    """What `run` builds of this config; models may here be presets or folders with a config.json and no weights.
 
     Raises:
         UserError: as `build.blueprint`.
     """
-    if presets.is_preset(cfg.model):
-        return build.blueprint(cfg, config=presets.preset_config(cfg.model))
-    folder = Path(cfg.model).expanduser()
+    teacher = _described(cfg.teacher) if isinstance(cfg, Distill) else None
+    return build.blueprint(cfg, config=_described(cfg.model), teacher_config=teacher)
+
+
+def _described(model: str) -> ModelConfig | None:
+    """The architecture of a model that has no weights here; None where its source says what it is."""
+    if presets.is_preset(model):
+        return presets.preset_config(model)
+    folder = Path(model).expanduser()
     described = folder / "config.json"
-    if cfg.model and described.is_file() and not any(folder.glob("*.safetensors*")):
-        return build.blueprint(cfg, config=read_config(described))
-    return build.blueprint(cfg)
+    if model and described.is_file() and not any(folder.glob("*.safetensors*")):
+        return read_config(described)
+    return None
 
 
 def abstract_state(made: build.Blueprint, mesh: Mesh) -> TrainState:
     """The training state as shapes with shardings; to be called under `jax.set_mesh(mesh)`."""
-    definition = made.definition
-    leaves: Tree = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        definition.shapes,
-        definition.shardings(mesh),
-    )
-    trained, base = definition.split_trainable(leaves)
+    trained, base = made.definition.split_trainable(_abstract_params(made.definition, mesh))
     whole = meshes.replicated(mesh)
 
     def placed(leaf: Any) -> Any:
@@ -49,6 +51,20 @@ def abstract_state(made: build.Blueprint, mesh: Mesh) -> TrainState:
     opt_state = jax.tree.map(placed, jax.eval_shape(made.optimizer.init, trained))
     step, rng = placed(jax.ShapeDtypeStruct((), "int32")), placed(jax.eval_shape(lambda: jax.random.key(0)))
     return TrainState(step, trained, base, opt_state, rng)
+
+
+def abstract_teacher(made: build.Blueprint, mesh: Mesh) -> Tree | None:
+    """The parameters of a teacher that runs in every update, as shapes with shardings: the step's `frozen`."""
+    teacher = getattr(made.objective, "teacher", None)
+    return None if teacher is None else _abstract_params(teacher, mesh)
+
+
+def _abstract_params(definition: ModelDefinition, mesh: Mesh) -> Tree:
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        definition.shapes,
+        definition.shardings(mesh),
+    )
 
 
 def device_bytes(tree: Tree) -> int:

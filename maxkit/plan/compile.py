@@ -20,7 +20,7 @@ from maxkit.config import RecipeConfig, resolve, training
 from maxkit.errors import UserError
 from maxkit.models.kernels import attention_kernels
 from maxkit.plan import hlo, topology
-from maxkit.plan.abstract import abstract_state, blueprint, device_bytes
+from maxkit.plan.abstract import abstract_state, abstract_teacher, blueprint, device_bytes
 from maxkit.plan.report import Memory, Plan
 from maxkit.train.metrics import model_flops_per_token, peak_flops_per_device
 from maxkit.train.step import compile_train_step
@@ -38,13 +38,15 @@ def compile_plan(cfg: RecipeConfig, topology_name: str) -> Plan:
     layout: dict[str, Any] = {p.path: (p.letters, p.shape) for p in made.definition.parameters.values()}
     build.check_mesh(cfg, made.definition, mesh)
     with jax.set_mesh(mesh):
-        state, batch = abstract_state(made, mesh), build.batch_shapes(cfg, mesh)
+        arguments = abstract_state(made, mesh), build.batch_shapes(cfg, mesh), abstract_teacher(made, mesh)
         kernels = attention_kernels(made.definition.config, made.definition.execution, cfg.seq_len)
-        compiled, refusal, seconds = _compile(made, cfg, state, batch)
+        compiled, refusal, seconds = _compile(made, cfg, arguments)
+    state, batch, teacher = arguments
     memory = Memory(
         params=device_bytes((state.params, state.base)),
         optimizer=device_bytes(state.opt_state),
         batch=device_bytes(batch),
+        teacher=device_bytes(teacher),
         **(_compilers_own(compiled) if compiled else {}),
     )
     required, available = _need(compiled, refusal, devices[0])
@@ -78,13 +80,13 @@ def compile_plan(cfg: RecipeConfig, topology_name: str) -> Plan:
 Outcome = tuple[Any, str | None, dict[str, float]]
 
 
-def _compile(made: build.Blueprint, cfg: RecipeConfig, state: Any, batch: Any) -> Outcome:
+def _compile(made: build.Blueprint, cfg: RecipeConfig, arguments: tuple[Any, ...]) -> Outcome:
     """The compiled step, or None and the compiler's refusal; and the seconds it took."""
     accumulate = cfg.gradient_accumulation_steps
     rate = cfg.routed_bias_update_rate
     step: Any = compile_train_step(made.definition, made.objective, made.optimizer, accumulate, rate)
     start = time.perf_counter()
-    lowered = step.trace(state, batch, None).lower(lowering_platforms=("tpu",))
+    lowered = step.trace(*arguments).lower(lowering_platforms=("tpu",))
     traced = time.perf_counter()
     compiled, refusal = None, None
     try:
@@ -120,6 +122,9 @@ def _work(made: build.Blueprint, cfg: RecipeConfig, mesh: Mesh) -> tuple[float, 
     """FLOPs of an update and the seconds they take at least; the compiler's count sees a loop's body once."""
     lora, config = made.definition.lora, made.definition.config
     per_token = model_flops_per_token(config, cfg.seq_len, frozen_weights=lora is not None)
+    teacher = getattr(made.objective, "teacher", None)
+    if teacher is not None:  # forward only: a third
+        per_token += model_flops_per_token(teacher.config, cfg.seq_len) / 3
     flops = per_token * cfg.batch_size * cfg.seq_len
     peak = peak_flops_per_device(mesh.devices.flat[0])
     return flops, flops / (peak * mesh.size) if peak else None

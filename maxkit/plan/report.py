@@ -8,16 +8,17 @@ from maxkit.plan.hlo import Collective
 
 GIB = 1 << 30
 FLOPS_FORMULA = (
-    "6 per weight and token, 4 for frozen ones, and attention over the keys that are seen; recomputation is not counted"
+    "6 per weight and token, 4 for frozen ones, 2 for a teacher's, and attention over the keys that are seen; "
+    "recomputation is not counted"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of HBM per device. The first three are counted from shapes, the others are the compiler's own.
+    """Bytes of HBM per device: params, optimizer, batch and teacher counted from shapes, the others the compiler's own.
 
-    arguments = params + optimizer + batch and some scalars; aliased is the part of the output that reuses
-    arguments (the state is donated).
+    arguments = params + optimizer + batch + teacher (one that runs in every update) and some scalars; aliased is the
+    part of the output that reuses arguments (the state is donated).
     """
 
     params: int
@@ -28,6 +29,7 @@ class Memory:
     output: int | None = None
     aliased: int | None = None
     code: int | None = None
+    teacher: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Plan:
             ("arguments", m.arguments, ""),
             ("  weights", m.params, ""),
             ("  optimizer state", m.optimizer, ""),
+            ("  teacher", m.teacher or None, "read, neither trained nor saved"),
             ("  batch", m.batch, "what is missing to the sum is padding to the tiles of the chip"),
             ("temporaries", m.temporaries, ""),
             ("output", m.output, reused),

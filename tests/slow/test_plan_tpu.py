@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans by the real TPU compiler. Each compile takes 5 to 60 s on two cores."""
 
+import json
+
 import pytest
 
 from maxkit.checkpoint.load import open_source
@@ -33,6 +35,30 @@ def test_scanned_and_unrolled_communicate_the_same(scan, mesh):
     found = plan("pretrain", "v5e:2x2", SMALL | {"scan_layers": scan, "mesh": mesh})
     assert found.fits and found.scan_layers == scan
     assert any(one.opcode == "all-gather" for one in found.collectives)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given"),
+    [
+        ("sft", {"lora_rank": 8}),
+        ("dpo", {}),
+        ("grpo", {"beta": 0.1, "num_generations": 4, "max_new_tokens": 32}),
+        ("distill", {"student_layers": 1}),
+    ],
+)
+def test_every_objective_compiles(tmp_path, recipe, given):
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512}
+    described = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(described | sizes | heads), encoding="utf-8")
+    given = {"model": str(tmp_path), "batch_size": 8, "seq_len": 256} | given
+    found = plan(recipe, "v5e:2x2", given | ({"teacher": str(tmp_path)} if recipe == "distill" else {}))
+    memory = found.memory
+    assert found.fits and any(one.opcode == "all-gather" for one in found.collectives)
+    assert (memory.teacher > memory.params) == (recipe == "distill")  # the student has half its layers
+    assert memory.arguments >= memory.params + memory.optimizer + memory.batch + memory.teacher
+    if recipe in ("sft", "dpo"):  # adapters alone have moments
+        assert memory.optimizer < memory.params / 2
 
 
 def test_the_sft_recipe_fits_four_small_chips():

@@ -4,6 +4,7 @@
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from maxkit.config import resolve
 from maxkit.errors import UserError
 from maxkit.plan import abstract, command, hlo, topology
 from maxkit.plan.report import Memory, Plan
+from maxkit.train.step import compile_train_step
 
 SNIPPETS = Path(__file__).parents[1] / "fixtures" / "hlo"
 TINY = {
@@ -170,17 +172,53 @@ def test_the_layout_asked_for_is_the_layout_planned(scan):
     assert made.definition.execution.scan_layers == scan
 
 
-def test_a_config_json_alone_is_a_model(tmp_path):
+def folder(path: Path, **changes) -> str:
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    described = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **heads}
-    (tmp_path / "config.json").write_text(json.dumps(described), encoding="utf-8")
-    given = {"model": str(tmp_path), "seq_len": 128, "lora_rank": 4}
+    described = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **heads, **changes}
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    return str(path)
+
+
+def test_a_config_json_alone_is_a_model(tmp_path):
+    given = {"model": folder(tmp_path), "seq_len": 128, "lora_rank": 4}
     cfg = resolve("sft", environ={}, given={k: (v, "keyword") for k, v in given.items()})
     made = abstract.blueprint(cfg)
     assert made.definition.config.embed_dim == 32
     trained, base = made.definition.split_trainable(made.definition.shapes)
     assert trained and base
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "columns"),
+    [
+        ("sft", {"lora_rank": 4}, set()),
+        ("dpo", {}, {"ref_logps"}),
+        ("grpo", {"beta": 0.1}, {"advantages", "ref_logps"}),
+        ("distill", {"student_layers": 1}, set()),
+        ("distill", {"student_layers": 1, "teacher_top_k": 8}, {"teacher_ids", "teacher_logps"}),
+    ],
+)
+def test_a_plan_traces_the_step_of_every_objective(tmp_path, recipe, given, columns):
+    given = {"model": folder(tmp_path / "model"), "batch_size": 4, "seq_len": 32} | given
+    if recipe == "distill":
+        given["teacher"] = folder(tmp_path / "teacher", hidden_size=64, num_hidden_layers=3)
+    if recipe == "grpo":
+        given |= {"num_generations": 2, "max_new_tokens": 8}
+    cfg = resolve(recipe, environ={}, given={k: (v, "keyword") for k, v in given.items()})
+    mesh = meshes.make_mesh("", jax.devices()[:1])
+    made = abstract.blueprint(cfg)
+    with jax.set_mesh(mesh):
+        batch, teacher = build.batch_shapes(cfg, mesh), abstract.abstract_teacher(made, mesh)
+        step = compile_train_step(made.definition, made.objective, made.optimizer)
+        traced = step.trace(abstract.abstract_state(made, mesh), batch, teacher)
+    assert set(batch.columns) == columns and "loss" in traced.out_info[1]
+    online = recipe == "distill" and not cfg.teacher_top_k
+    assert (teacher is not None) == online
+    if online:
+        assert made.teacher.definition.config.embed_dim == 64 and made.definition.config.num_layers == 1
+        assert abstract.device_bytes(teacher) == 4 * made.teacher.definition.num_params
 
 
 def example(**changes) -> Plan:
@@ -223,6 +261,14 @@ def test_the_text_of_a_plan():
     ):
         assert part in text
     assert "optimal" not in text  # the compiler's own estimate of seconds was negative once
+
+
+def test_a_teacher_has_a_line_of_its_own_and_older_records_have_none():
+    memory = Memory(1 << 30, 2 << 30, 100, 3 << 30, teacher=3 << 29)
+    assert re.search(r"^    teacher +1\.50  ", "\n".join(example(memory=memory).lines()), re.MULTILINE)
+    record = example().to_dict()
+    del record["memory"]["teacher"]
+    assert Plan.from_dict(record) == example() and "  teacher " not in "\n".join(example().lines())
 
 
 def test_the_text_of_what_does_not_fit():
