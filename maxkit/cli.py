@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("refresh", help="re-execute committed notebooks and renew what is generated in them")
     add.add_argument("notebooks", nargs="+", metavar="NOTEBOOK", help="such as recipes/sft.ipynb")
+    add.add_argument("--text", action="store_true", help="run nothing: renew generated comments and tables only")
     add.set_defaults(command=refresh_notebooks)
     return parser
 
@@ -247,7 +248,7 @@ def refresh_notebooks(arguments: argparse.Namespace) -> int:
     from maxkit.nb.refresh import refresh
 
     for notebook in arguments.notebooks:
-        record = refresh(notebook)
+        record = refresh(notebook, arguments.text)
         print(f"{notebook}: renewed" + (f", {record['seconds']['total']:.0f} s" if record else ""))
     return 0
 

@@ -114,8 +114,8 @@ class Dpo(LoraFields, PreferenceConfig, DataConfig, RecipeConfig):
     dataset: str = Field(
         "piqa",
         min_length=1,
-        description="Pairs: a packaged set of questions (piqa, openbookqa, commonsenseqa), right option preferred, "
-        "or a .jsonl or .parquet file with prompt, chosen and rejected.",
+        description="Pairs: packaged questions (piqa, openbookqa, commonsenseqa), right option preferred, or a file; "
+        "that is a .jsonl or .parquet file with prompt, chosen and rejected.",
     )
     limit: int = Field(320, ge=0, description=PreferenceConfig.model_fields["limit"].description)
     holdout_fraction: float = Field(0.25, ge=0, lt=1, description="Share of the prompts kept for evaluation.")
@@ -317,7 +317,7 @@ class Eval(EvalConfig, Parameters):
     )
     mesh: str = Field("", description=TrainConfig.model_fields["mesh"].description)
     seed: int = Field(
-        0, ge=0, lt=2**32, description="Of the values that checkpoint_missing_param_policy=init draws; nothing else."
+        0, ge=0, lt=2**32, description="Of the values that are drawn for missing parameters where that is asked for."
     )
 
     @model_validator(mode="after")

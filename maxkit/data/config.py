@@ -14,8 +14,8 @@ class DatasetConfig(BaseModel):
     dataset: str = Field(
         "chatterbot",
         min_length=1,
-        description="A packaged corpus (shakespeare, pydoc, chatterbot, chatterbot-all), a .jsonl, .parquet "
-        "or .txt file or a folder of them, hf:OWNER/NAME[:SPLIT], or synthetic.",
+        description="Packaged corpus (shakespeare, pydoc, chatterbot, chatterbot-all), file or folder; files are "
+        ".jsonl, .parquet or .txt; also hf:OWNER/NAME[:SPLIT], or synthetic.",
     )
     seq_len: int = Field(256, ge=2, description="Tokens in a row; at most the model's max_seq_len.")
     holdout_fraction: float = Field(

@@ -15,8 +15,8 @@ class EvalConfig(BaseModel):
 
     tasks: tuple[str, ...] = Field(
         DEFAULT_TASKS,
-        description=f"Names out of {', '.join(TASKS)}; or MEASURE:DATASET with the measure choice, perplexity, exact, "
-        "contains or last_number.",
+        description=f"Tasks by name, or MEASURE:DATASET; names are {', '.join(TASKS)}; measures are choice, "
+        "perplexity, exact, contains and last_number.",
     )
     limit: int = Field(100, ge=0, description="Items of each task, from its beginning; 0 takes all.")
     batch_size: int = Field(16, ge=1, description="Rows that are computed at a time; the results are the same.")

@@ -73,7 +73,7 @@ class LoraFields(BaseModel):
     lora_rank: int = Field(0, ge=0, description="Rank of LoRA matrices beside frozen weights; 0 trains all weights.")
     lora_alpha: float = Field(16.0, gt=0, description="LoRA's product is scaled by lora_alpha / lora_rank.")
     lora_targets: tuple[str, ...] = Field(
-        ALL, description="Projections that get LoRA matrices: names (query,value) or patterns (attention/*); * is all."
+        ALL, description="Projections with LoRA: names (query,value) or patterns (attention/*); * is all."
     )
     lora_dropout: float = Field(
         0.0, ge=0, lt=1, description="Fraction of the inputs of LoRA matrices left out in training."

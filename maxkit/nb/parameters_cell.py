@@ -2,6 +2,7 @@
 """What of a recipe's notebook is generated from its configuration: the parameters cell and the table of parameters."""
 
 import json
+import re
 from typing import Any
 
 from maxkit.config import Convert, Parameters, parameter_table
@@ -14,6 +15,7 @@ SHORT = {
     SCAN_LAYERS: "true, false or None: loaded from the checkpoint; an explicit value must match it",
     Convert.model_fields["scan_layers"].description: "true, false or None: the layout to write; otherwise the source's",
 }
+WIDTH = 120  # of a line, as the formatter has it: it would break longer ones into three
 BEGIN, END = "<!-- parameters: begin (generated) -->", "<!-- parameters: end -->"
 
 
@@ -29,7 +31,17 @@ def _assignment(row: dict[str, Any]) -> str:
     shown = json.dumps(value) if isinstance(value, str) else repr(value)
     # papermill reads the type from the annotation; of None there is none to give.
     kind = f": {type(value).__name__}" if value is not None else ""
-    return f"{row['name']}{kind} = {shown}  # {meaning}"
+    assignment = f"{row['name']}{kind} = {shown}  # "
+    return assignment + _shortened(meaning, WIDTH - len(assignment))
+
+
+def _shortened(meaning: str, room: int) -> str:
+    """As many of its clauses as fit; the table of parameters has it whole."""
+    if len(meaning) <= room:
+        return meaning
+    ends = [found.start() for found in re.finditer(r"[.;] ", meaning)]
+    whole = [end for end in ends if end <= room and meaning.count("(", 0, end) == meaning.count(")", 0, end)]
+    return meaning[: max(whole)] if whole else meaning
 
 
 def parameters_details(kind: type[Parameters]) -> str:

@@ -2,7 +2,8 @@
 """Renew a committed notebook: its generated parts from the configuration, its outputs from one clean run.
 
 Generated are the setup cell; of a recipe also the cell tagged `parameters` (name, default and meaning of every field)
-and the table between the `parameters: begin` and `end` comments. The run happens in an empty folder, so that no run of
+and the table between the `parameters: begin` and `end` comments. With `text_only` nothing else is renewed, which is
+possible where comments and text have changed and no code. The run happens in an empty folder, so that no run of
 the user's is continued or lost. Its record goes to `results/` beside the recipe, a stamp of code, outputs and record
 into the notebook's metadata. Next to read: `execute.py`, `guards/freshness.py`.
 """
@@ -29,13 +30,13 @@ METADATA = {
 }
 
 
-def refresh(notebook: str | Path) -> dict[str, Any] | None:
+def refresh(notebook: str | Path, text_only: bool = False) -> dict[str, Any] | None:
     """Rewrite `notebook` in place; a recipe's run record is returned and kept in `results/` beside it.
 
     Nothing is written when the run fails.
 
     Raises:
-        UserError: no such notebook.
+        UserError: no such notebook; or `text_only` and its code is not that of its last run.
         CheckFailed: a cell of it failed, with the last line of its error.
     """
     import nbformat
@@ -46,8 +47,15 @@ def refresh(notebook: str | Path) -> dict[str, Any] | None:
     book = nbformat.read(path, 4)
     recipe = next((name for name, entry in RECIPES.items() if entry.notebook == path.name), None)
     _generate(book, RECIPES[recipe].config if recipe is not None else None)
+    held = book.metadata.get(STAMP, {})
     book.metadata = METADATA
     book = _formatted(book, path)  # before the run: what is stamped is the code that ran
+    if text_only:
+        if any(held.get(name) != now for name, now in stamp(book, None).items()):
+            raise UserError(f"{path} is left as it was: its code is not that of its last run; leave out --text")
+        book.metadata = METADATA | {STAMP: held}
+        _write(book, path)
+        return None
     with tempfile.TemporaryDirectory(prefix="maxkit-refresh-") as folder:
         _execute(book, path, folder)
         reports = Path(folder).glob(f"runs/{recipe}*/{REPORT}") if recipe is not None else ()
@@ -55,10 +63,16 @@ def refresh(notebook: str | Path) -> dict[str, Any] | None:
     book.metadata = METADATA | {STAMP: stamp(book, record)}
     if record is not None:
         write_json(path.parent / "results" / f"{path.stem}-{record['environment']['platform']}.json", record)
+    _write(book, path)
+    return record
+
+
+def _write(book: Any, path: Path) -> None:
+    import nbformat
+
     working = path.with_name(f".{path.name}.{os.getpid()}")
     nbformat.write(book, working)
     os.replace(working, path)
-    return record
 
 
 def _generate(book: Any, kind: type[Parameters] | None) -> None:

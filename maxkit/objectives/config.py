@@ -41,7 +41,7 @@ class DistillConfig(BaseModel):
         description="Kullback-Leibler divergence from the teacher, from the student, or from both to a mixture.",
     )
     divergence_mixture: float = Field(
-        0.5, gt=0, lt=1, description="The teacher's share of the mixture (divergence=jensen_shannon)."
+        0.5, gt=0, lt=1, description="The teacher's share of the mixture of jensen_shannon."
     )
     distill_temperature: float = Field(1.0, gt=0, description="Divides the logits of both before they are compared.")
     nll_weight: float = Field(0.0, ge=0, description="Coefficient of the ordinary loss on the data's own tokens.")

@@ -13,14 +13,14 @@ class OptimizerConfig(BaseModel):
 
     optimizer: Literal["adamw", "adam_pax", "sgd"] = Field(
         "adamw",
-        description="adamw: Adam with decoupled weight decay; adam_pax: the same update from moments that are"
-        " stored bias-corrected, as Paxml does; sgd: the gradient itself.",
+        description="adamw (Adam with decoupled weight decay), adam_pax or sgd; adam_pax is the same update from"
+        " moments that are stored bias-corrected, as Paxml does; sgd takes the gradient itself.",
     )
     learning_rate: float = Field(1e-4, ge=0, description="The highest learning rate of the run.")
     learning_rate_schedule: Literal["constant", "cosine", "linear", "wsd"] = Field(
         "cosine",
-        description="Shape after the warmup: constant; cosine or linear down to the final fraction; wsd stays"
-        " at the top and falls linearly in the last wsd_decay_steps_fraction of the run.",
+        description="Shape after the warmup: constant, cosine, linear or wsd; cosine and linear go down to the final"
+        " fraction; wsd stays at the top and falls linearly in the last wsd_decay_steps_fraction of the run.",
     )
     warmup_steps_fraction: float = Field(
         0.1, ge=0, le=1, description="Part of the run in which the learning rate rises linearly."

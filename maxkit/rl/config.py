@@ -48,9 +48,9 @@ class RlConfig(DatasetConfig, TrainConfig):
     dataset: str = Field(
         "arithmetic",
         min_length=1,
-        description="Prompts: arithmetic (sums, differences and products of two digits; arithmetic:+ for some of them, "
-        "arithmetic:+:3 for three digits), largest (of three digits), a .jsonl or .parquet file with prompt and "
-        "answer, or reasoning-gym:NAME[:SIZE].",
+        description="Prompts: largest (of three digits), arithmetic, a file, or reasoning-gym:NAME[:SIZE]; arithmetic "
+        "is sums, differences and products of two digits (arithmetic:+ some of them, arithmetic:+:3 three digits); a "
+        "file is .jsonl or .parquet with prompt and answer.",
     )
     batch_size: int = Field(32, ge=1, description="Answers per update over all hosts.")
     algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"] = Field(
@@ -83,16 +83,16 @@ class RlConfig(DatasetConfig, TrainConfig):
     )
     aggregation: Aggregation | None = Field(
         None,
-        description="Mean over tokens, mean over sequences of their token means, of their token sums, or of their "
-        "token sums divided by max_new_tokens (sequence_scale).",
+        description="Mean over tokens (token_mean), or over sequences of their token means, sums or scaled sums; "
+        "sequence_scale divides sums by max_new_tokens.",
     )
     ratio_level: RatioLevel | None = Field(
         None, description="Whether each token or each sequence (mean log-ratio of its tokens) has its ratio."
     )
     advantage: Advantage | None = Field(
         None,
-        description="Reward minus the group's mean, over its standard deviation (group_std) or not (group_mean), or "
-        "minus the mean of the group's others.",
+        description="Reward minus the group's mean, over its deviation (group_std) or not, or minus that of the others;"
+        " deviation is the standard deviation, the others are those of the group.",
     )
     batches_per_rollout: int = Field(1, ge=1, description="Updates' batches that are generated at a time.")
     epochs_per_rollout: int = Field(1, ge=1, description="How often each of them is trained on (num_iterations).")

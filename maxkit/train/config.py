@@ -28,7 +28,7 @@ class TrainConfig(BaseModel):
 
     model: str = Field(
         "",
-        description="Model name or path: the architecture and, without load_parameters_path, the weights.",
+        description="Name or path of a model; its weights too, unless load_parameters_path names others.",
     )
     config: str | None = Field(
         None,
@@ -63,10 +63,10 @@ class TrainConfig(BaseModel):
     )
     moe_dispatch: Literal["ragged", "capacity", "dense"] = Field(
         "ragged",
-        description="How tokens reach experts; ragged drops none, capacity bounds what an expert takes, dense is slow.",
+        description="How tokens reach experts: ragged drops none, capacity bounds each expert, dense is slow.",
     )
     moe_capacity_factor: float = Field(
-        1.25, gt=0, description="What moe_dispatch=capacity lets an expert take, relative to a perfect balance."
+        1.25, gt=0, description="What moe_dispatch capacity lets an expert take, relative to a perfect balance."
     )
     load_balance_loss_weight: float = Field(
         0.0, ge=0, description="Coefficient of the loss that spreads tokens over experts (mixtures of experts)."

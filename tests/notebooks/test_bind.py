@@ -15,10 +15,11 @@ import papermill
 import pytest
 
 import maxkit
-from maxkit.config import Sft
+from maxkit.config import RECIPES, Sft
 from maxkit.errors import UserError
 from maxkit.nb.bind import SOURCES_VARIABLE, cell_parameters
 
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = Sft()
 STEPS = f"steps: int = {DEFAULT.steps}"
 PARAMETERS = f"""\
@@ -182,3 +183,11 @@ def test_a_mended_cell_takes_its_old_problem_with_it() -> None:
 def test_a_line_that_was_deleted_is_forgotten() -> None:
     cells = ["# Parameters: x\nsteps = 3\nseed = 1\n", "# Parameters: x\nseed = 2\n"]
     assert cell_parameters("sft", cells) == ({"seed": (2, "notebook")}, [])
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_papermill_explains_every_parameter_of_a_recipe(recipe: str) -> None:
+    """`papermill --help-notebook` reads the cell line by line: one "=" in it, and the comment on the same line."""
+    seen = papermill.inspect_notebook(str(ROOT / "recipes" / RECIPES[recipe].notebook))
+    assert seen.keys() == RECIPES[recipe].config.model_fields.keys()
+    assert all(parameter["help"] for parameter in seen.values())

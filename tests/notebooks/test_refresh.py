@@ -46,6 +46,26 @@ def test_a_notebook_becomes_one_clean_stamped_run(tmp_path, capsys):
     assert sorted(p.name for p in path.parent.iterdir()) == ["small.ipynb"]
 
 
+def test_comments_may_change_without_a_run_and_code_may_not(tmp_path, capsys):
+    path = write(tmp_path / "notebooks/small.ipynb", "x: int = 3  # A number", "print(x)")
+    assert main(["refresh", str(path)]) == 0
+    book = nbformat.read(path, 4)
+    stamped = book.metadata["maxkit"]
+    book.cells[0].source = "x: int = 3      # Another word"
+    nbformat.write(book, path)
+    assert main(["refresh", "--text", str(path)]) == 0
+    book = nbformat.read(path, 4)
+    assert (book.cells[0].source, book.metadata["maxkit"]) == ("x: int = 3  # Another word", stamped)
+    assert "stamp_current" not in found(path)
+    book.cells[0].source = "x: int = 4  # Another word"
+    nbformat.write(book, path)
+    before = path.read_bytes()
+    assert main(["refresh", "--text", str(path)]) == 2
+    assert "its code is not that of its last run" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert "stamp_current" in found(path)
+
+
 @pytest.mark.parametrize(
     ("source", "says"),
     [

@@ -2,10 +2,11 @@
 """Guards of freshness: the outputs are those of the code beside them, and of the run whose record is kept.
 
 `maxkit refresh` writes a stamp into the notebook's metadata: digests of its code cells, of its outputs and of the run's
-record. The parameters cell is code, and its own guard compares it with the configuration: so a change of a default,
-too, asks for a new run. What a change of the package does to an output only an execution can tell: the tests do that.
+record. Of the code, what Python makes of it counts: a comment may change without a new run, a default may not. What a
+change of the package does to an output only an execution can tell: the tests do that.
 """
 
+import ast
 import hashlib
 import json
 import re
@@ -22,10 +23,28 @@ def stamp(node: Any, record: Mapping[str, Any] | None) -> dict[str, str]:
     """The digests of a notebook that has just run, and of its run's record."""
     cells = [cell for cell in node.cells if cell.cell_type == "code"]
     parts: dict[str, Any] = {
-        "code": [cell.source for cell in cells],
+        "code": [meaning(cell.source) for cell in cells],
         "outputs": [cell.get("outputs", []) for cell in cells],
     }
     return {name: digest(part) for name, part in (parts | ({"record": record} if record else {})).items()}
+
+
+def meaning(source: str) -> Any:
+    """Equal for sources that differ in comments and layout only; what is not plain Python counts as it is written."""
+    try:
+        return _content(ast.parse(source))
+    except SyntaxError:
+        return source
+
+
+def _content(node: Any) -> Any:
+    """A syntax tree as JSON can hold it; without empty fields, of which every version of Python has its own."""
+    if isinstance(node, list):
+        return [_content(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: _content(value) for name, value in ast.iter_fields(node) if value not in (None, [])}
+    return [type(node).__name__, fields]
 
 
 def digest(content: Any) -> str:
