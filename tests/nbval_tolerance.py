@@ -4,7 +4,8 @@
     python -m pytest --nbval --nbval-current-env -p tests.nbval_tolerance notebooks/decoder_tour.ipynb
 
 Whole numbers must be equal. A number with a fraction or an exponent may be off by `RELATIVE` of itself. How wide a
-column is depends on the digits in it, so runs of blanks and of rules count as one.
+column is depends on the digits in it, so runs of blanks and of rules count as one. What colour a text has is not
+compared: a cell promises what it says.
 """
 
 import math
@@ -16,6 +17,7 @@ RELATIVE = 1e-3  # outputs show three or four digits
 ABSOLUTE = 1e-6  # of what is zero but for rounding
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
 FRACTION = re.compile(r"[.e]")
+COLOUR = re.compile(r"(?<=[\";])color:(?:#[0-9a-f]{6}|color-mix\([^;\"]*\));?")
 
 
 class Tolerant(str):
@@ -32,6 +34,7 @@ class Tolerant(str):
 
 def same(one: str, other: str) -> bool:
     """Whether two outputs say the same, apart from rounding."""
+    one, other = (COLOUR.sub("", text) for text in (one, other))
     return _words(one) == _words(other) and all(map(_close, NUMBER.findall(one), NUMBER.findall(other)))
 
 

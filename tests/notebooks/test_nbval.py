@@ -87,6 +87,12 @@ def test_a_wrong_digit_and_a_wrong_word_are_seen(tmp_path):
         ("v2.1", "v2.2", False),
         ("3.0", "nan", False),
         ("7", "7 8", False),
+        (
+            '<b style="color:#1e8e3e;margin:0">ok</b>',
+            '<b style="color:#2aa64a;color:color-mix(a,b);margin:0">ok</b>',
+            True,
+        ),
+        ('<b style="color:#1e8e3e">ok</b>', '<b style="color:#1e8e3e">no</b>', False),
     ],
 )
 def test_what_counts_as_the_same(one, other, equal):

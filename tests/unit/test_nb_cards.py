@@ -7,7 +7,7 @@ import re
 import pytest
 
 from maxkit.nb import cards
-from maxkit.nb.cards import BAD, GOOD, Card, checks_card, hardware_card, parameters_card, show, table
+from maxkit.nb.cards import BAD, GOOD, Card, checks_card, hardware_card, parameters_card, show, table, tinted
 
 ROWS = [{"name": "a<b", "loss": 1.23456789, "ok": True}, {"name": "x\ny", "loss": None, "ok": False}]
 ALL = [
@@ -45,7 +45,8 @@ def test_html_is_well_formed_and_brings_no_opaque_colours(card: Card) -> None:
     assert "<script" not in card.html and "class=" not in card.html and "http" not in card.html
     # Text keeps the page's colour and backgrounds let the page through, in light and dark.
     colours = re.findall(r"(?:background|(?<!-)color):([^;\"]+)", card.html)
-    assert all(c in ("none", "inherit", GOOD, BAD) or c.startswith("rgba(128,128,128") for c in colours), colours
+    verdicts = {c for colour in (GOOD, BAD) for c in re.findall(r"color:([^;]+)", tinted(colour))}
+    assert all(c in verdicts | {"none", "inherit"} or c.startswith("rgba(128,128,128") for c in colours), colours
 
 
 @pytest.mark.parametrize("card", ALL)
@@ -71,10 +72,24 @@ def contrast(foreground: str, background: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("page", ["#ffffff", "#121212", "#111111"])
+def blend(top: str, share: float, bottom: str) -> str:
+    """`share` of the colour `top`, the rest `bottom`."""
+    pairs = ((int(top[i : i + 2], 16), int(bottom[i : i + 2], 16)) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(share * a + (1 - share) * b):02x}" for a, b in pairs)
+
+
+# Page and text of the documentation, of JupyterLab and of Colab, light and dark.
+PAGES = [("#ffffff", "#323232"), ("#121212", "#ced6dd"), ("#ffffff", "#212121"), ("#111111", "#ffffff"),
+         ("#ffffff", "#1f1f1f"), ("#383838", "#d5d5d5")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "ink"), PAGES)
 @pytest.mark.parametrize("colour", [GOOD, BAD])
-def test_verdicts_are_legible_on_light_and_dark(colour: str, page: str) -> None:
-    assert contrast(colour, page) >= 3.0  # bold text beside a mark and a word
+def test_verdicts_are_legible_on_light_and_dark(colour: str, page: str, ink: str) -> None:
+    """WCAG 2.2, AA: 4.5 : 1, on the page and on the shaded rows of a table."""
+    assert tinted(colour).endswith(f"color-mix(in srgb,{colour},currentColor)")  # half and half
+    for ground in (page, blend("#808080", 0.12, page)):
+        assert contrast(blend(colour, 0.5, ink), ground) >= 4.5, ground
 
 
 def test_a_table_in_text() -> None:
