@@ -108,6 +108,7 @@ def main() -> int:
     except UserError as error:
         print(f"UserError: {error}", file=sys.stderr)
         return 2
+    print("record" if Path(run_dir, "report.json").exists() else "no record", flush=True)
     return 0
 
 

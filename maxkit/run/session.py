@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from maxkit import build, distributed, nb
@@ -482,6 +483,8 @@ class Run:
             artifacts=paths if self.primary else [],
             environment={"mesh": meshes.describe(self.mesh), "scan_layers": self.definition.execution.scan_layers},
         )
+        if jax.process_count() > 1:  # whoever started another process looks for the record when that one has ended
+            multihost_utils.sync_global_devices("maxkit wrote the record")
         self.store.close()
         return record
 

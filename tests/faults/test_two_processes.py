@@ -103,6 +103,8 @@ def test_only_process_0_writes_records(unbroken):
     assert len(list((unbroken / "tensorboard").iterdir())) == 1
     logs = sorted(unbroken.parent.glob("two-*.log"))
     assert "update" in logs[0].read_text() and "update" not in logs[1].read_text()
+    # `maxkit run` on the other host looks for the record as soon as its own kernel has ended.
+    assert logs[1].read_text().splitlines()[-1] == "record"
 
 
 def test_killed_together_they_go_on_bit_for_bit(cluster, unbroken):
