@@ -37,8 +37,8 @@ _DTYPES = {
 class CheckpointLocation(NamedTuple):
     """What was found at a path.
 
-    kind: "maxkit", "orbax" (MaxText, Tunix and others; `describe` tells them apart), "hf", "gguf" or
-    "safetensors".
+    kind: "maxkit", "orbax" (MaxText, Tunix and others; `describe` tells them apart), "hf", "peft", "paxml",
+    "gguf" or "safetensors".
     path: the step directory, the model's folder, or the file; for an item without a step, the item.
     step: its number, where the folder has one. item: the item that holds the arrays ("" when `path` is the
     item).
@@ -65,6 +65,8 @@ def find(path: str | os.PathLike) -> CheckpointLocation:
         raise UserError(f"{path}: no such file or directory")
     if place.is_file():
         return _find_file(place)
+    if (place / "adapter_config.json").exists():
+        return CheckpointLocation("peft", place)
     if (place / "config.json").exists() and _is_model_folder(place):
         return CheckpointLocation("hf", place)
     own = place.name == manifests.MANIFEST and (place / manifests.MANIFEST_FILE).exists()
@@ -84,7 +86,7 @@ def find(path: str | os.PathLike) -> CheckpointLocation:
     content = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     raise UserError(
         f"{path}: no checkpoint there (it holds {content}); expected a run, step or item directory, "
-        "a folder with config.json and *.safetensors, or a .gguf file"
+        "a folder with config.json or adapter_config.json and *.safetensors, or a .gguf file"
     )
 
 
@@ -109,6 +111,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         "maxkit": _describe_maxkit,
         "orbax": _describe_orbax,
         "hf": _describe_hf,
+        "peft": _describe_peft,
         "gguf": _describe_gguf,
         "safetensors": _describe_safetensors,
         "paxml": _describe_paxml,
@@ -306,6 +309,17 @@ def _describe_hf(place: CheckpointLocation) -> dict[str, Any]:
     except UserError as error:  # it can still be looked at
         return found | {"metadata": {"not_supported": str(error), **metadata}}
     return found | described | {"metadata": described["metadata"] | metadata}
+
+
+def _describe_peft(place: CheckpointLocation) -> dict[str, Any]:
+    """Adapters without their model, which only their settings name."""
+    from maxkit.formats import peft
+    from maxkit.formats.hf_config.reader import read_object
+    from maxkit.formats.safetensors import SafetensorsFile
+
+    metadata = {"config": read_object(place.path / peft.CONFIG)}
+    file = SafetensorsFile(place.path / peft.TENSORS)
+    return _without_layout("peft", None, None, file.entries.values()) | {"metadata": metadata}
 
 
 def _architecture(raw: dict[str, Any], where: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_checkpoints import LORA, definition_of, save_run
@@ -11,6 +12,7 @@ from tiny_models import weights
 
 import maxkit
 from maxkit.checkpoint.convert import convert
+from maxkit.checkpoint.inspect import describe
 from maxkit.checkpoint.load import Loaded
 from maxkit.errors import UserError
 from maxkit.formats.hf_config.reader import read_config
@@ -141,6 +143,12 @@ def test_adapters_load_with_the_model_they_name(tmp_path):
         sum(p.stat().st_size for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("adapters", "run")
     )
     assert small < whole / 10
+    described = describe(tmp_path / "adapters")
+    assert (described["format"], described["num_params"]) == (
+        "peft",
+        sum(x.size for x in jax.tree.leaves(state.params)),
+    )
+    assert described["metadata"]["config"]["base_model_name_or_path"] == str(tmp_path / "run")
     loaded = maxkit.load(tmp_path / "adapters")
     assert loaded.definition.lora == LORA and loaded.definition.execution.scan_layers is False
     wanted = definition.flat(definition.join(state.params, state.base))
