@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The setup cell: installs where maxkit is missing, replaces nothing that is there, leaves one name behind."""
+"""The setup cell: installs where maxkit is missing, replaces nothing that is in use, leaves one name behind."""
 
 import os
 import subprocess
@@ -22,6 +22,7 @@ def test_where_maxkit_is_installed_it_only_imports() -> None:
 
 def wheel(folder: Path, name: str, version: str, requires: str = "") -> Path:
     """The smallest installable wheel."""
+    folder.mkdir(exist_ok=True)
     path = folder / f"{name}-{version}-py3-none-any.whl"
     info = f"{name}-{version}.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
@@ -35,12 +36,13 @@ def wheel(folder: Path, name: str, version: str, requires: str = "") -> Path:
 
 @pytest.fixture(scope="module")
 def colab(tmp_path_factory) -> tuple[Path, Path]:
-    """(python, wheels) of an environment with "jax" and "numpy" 0.4, and newer ones that pip could take."""
+    """(python, wheels) of an environment with "jax" and others at 0.4, and newer ones that pip could take."""
     folder = tmp_path_factory.mktemp("colab")
     venv.create(folder / "env", with_pip=True)
     python = folder / "env" / "bin" / "python"
-    old = [wheel(folder, name, "0.4") for name in ("jax", "numpy")]
-    for name in ("jax", "numpy"):
+    names = ("jax", "numpy", "tornado", "flax")
+    old = [wheel(folder, name, "0.4") for name in names]
+    for name in names:
         wheel(folder, name, "0.9")
     pip(python, "install", "--no-index", *map(str, old))
     return python, folder
@@ -51,21 +53,41 @@ def pip(python: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def run_cell(colab: tuple[Path, Path], source: Path) -> subprocess.CompletedProcess[str]:
+def run_cell(colab: tuple[Path, Path], source: Path | str, before: str = "") -> subprocess.CompletedProcess[str]:
     python, folder = colab
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environ |= {"MAXKIT__INSTALL_FROM": str(source), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}
     return subprocess.run(
-        [str(python), "-c", SETUP_CELL + TELL], capture_output=True, text=True, env=environ, cwd=folder
+        [str(python), "-c", before + SETUP_CELL + TELL], capture_output=True, text=True, env=environ, cwd=folder
     )
 
 
-@pytest.mark.parametrize("name", ["jax", "numpy"])
-def test_what_is_preinstalled_is_not_replaced(colab: tuple[Path, Path], name: str) -> None:
+def test_without_a_source_it_says_what_to_set_and_asks_no_index(colab: tuple[Path, Path]) -> None:
+    # The maxkit of the package index is a project of other people.
+    refused = run_cell(colab, "")
+    assert refused.stderr.splitlines()[-1].startswith("RuntimeError: say where maxkit is: %env MAXKIT__INSTALL_FROM=")
+    assert "pip" not in refused.stdout + refused.stderr
+
+
+@pytest.mark.parametrize("name, before", [("jax", ""), ("numpy", ""), ("tornado", "import tornado\n")])
+def test_what_is_preinstalled_or_in_use_is_not_replaced(colab: tuple[Path, Path], name: str, before: str) -> None:
     python, folder = colab
-    refused = run_cell(colab, wheel(folder, "maxkit", "0.0.1", f"{name}>=0.9"))
-    assert refused.returncode != 0 and "constraint" in refused.stderr.lower()
+    refused = run_cell(colab, wheel(folder, "maxkit", "0.0.1", f"{name}>=0.9"), before)
+    assert f"depends on {name}>=0.9" in refused.stdout and f"(constraint) {name}==0.4" in refused.stdout
+    assert refused.stderr.splitlines()[-1].startswith("RuntimeError: nothing was installed")
     assert f"{name}-0.4" in pip(python, "freeze")
+
+
+def test_what_nobody_uses_may_be_renewed(colab: tuple[Path, Path]) -> None:
+    python, folder = colab
+    # A second, older numpy further down the path, as a system's own packages are in Colab: not the one in use.
+    with zipfile.ZipFile(wheel(folder / "system", "numpy", "0.2")) as archive:
+        archive.extractall(folder / "system")
+    before = f"import sys\nsys.path.append({str(folder / 'system')!r})\ndel sys\n"
+    done = run_cell(colab, wheel(folder, "maxkit", "0.0.1", "flax>=0.9"), before)
+    assert done.returncode == 0, done.stdout
+    assert "flax==0.9" in pip(python, "freeze") and "numpy-0.4" in pip(python, "freeze")
+    pip(python, "uninstall", "--yes", "maxkit")
 
 
 def test_it_installs_once_and_leaves_one_name(colab: tuple[Path, Path]) -> None:

@@ -36,7 +36,7 @@ def setup_cell(book: Notebook) -> Iterator[Problem]:
     number, source = (code[1][0], code[1][1].source) if len(code) > 1 else (None, "")
     if source == SETUP_CELL:
         return
-    frozen = re.search(r"names = \((.*)\)", source)
+    frozen = re.search(r"used \|= \{(.*)\}", source)
     loose = [name for name in KEPT if not frozen or f'"{name}"' not in frozen[1]]
     if "--constraint" not in source or loose:
         wrong = f"the setup cell may replace a preinstalled {', '.join(loose) or 'package'}"

@@ -2,8 +2,9 @@
 """Guards of freshness: the outputs are those of the code beside them, and of the run whose record is kept.
 
 `maxkit refresh` writes a stamp into the notebook's metadata: digests of its code cells, of its outputs and of the run's
-record. Of the code, what Python makes of it counts: a comment may change without a new run, a default may not. What a
-change of the package does to an output only an execution can tell: the tests do that.
+record. Of the code, what Python makes of it counts: a comment may change without a new run, a default may not. The
+setup cell does not count: it must be `SETUP_CELL` anyway, and where maxkit is installed it does nothing. What a change
+of the package does to an output only an execution can tell: the tests do that.
 """
 
 import ast
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maxkit.nb.guards.notebook import Notebook, Problem, shown_text
+from maxkit.nb.setup_cell import SETUP_CELL
 
 STAMP = "maxkit"  # the key in the notebook's metadata
 FIELDS = ("recipe", "parameters", "explicit", "steps_done", "metrics", "checks", "seconds", "environment")
@@ -23,7 +25,7 @@ def stamp(node: Any, record: Mapping[str, Any] | None) -> dict[str, str]:
     """The digests of a notebook that has just run, and of its run's record."""
     cells = [cell for cell in node.cells if cell.cell_type == "code"]
     parts: dict[str, Any] = {
-        "code": [meaning(cell.source) for cell in cells],
+        "code": [meaning(cell.source) for cell in cells if cell.source != SETUP_CELL],
         "outputs": [cell.get("outputs", []) for cell in cells],
     }
     return {name: digest(part) for name, part in (parts | ({"record": record} if record else {})).items()}
