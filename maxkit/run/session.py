@@ -312,11 +312,13 @@ class Run:
 
         def hook(step: int, metrics: dict[str, float], seconds: float) -> None:
             self._loss = metrics["loss"]
-            if not math.isfinite(metrics["loss"]):
-                raise UserError(
-                    f"the loss of update {step} is {metrics['loss']}: lower learning_rate, or see the page on NaNs; "
-                    f"the last saved update is {self.store.latest_step()}"
-                )
+            for name in ("loss", "grad_norm"):  # a loss may be finite once more when the new weights are not
+                if not math.isfinite(metrics[name]):
+                    self.store.wait()
+                    raise UserError(
+                        f"the {name} of update {step} is {metrics[name]}: lower learning_rate, or see the page on NaNs;"
+                        f" the last saved update is {self.store.latest_step() or 'none'}"
+                    )
             row = {**metrics, "learning_rate": float(learning_rate_at(cfg, max(cfg.steps, 1), step - 1))}
             row |= throughput(tokens, seconds, flops)
             row["perf/peak_memory_bytes"] = peak_memory().bytes
