@@ -84,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--topology", required=True, metavar="v5e:2x2", help="chips and their arrangement")
     add.set_defaults(command=plan_recipe)
 
+    _add_report(commands)
+
     add = commands.add_parser("check", help="are the committed notebooks whole, clean and of today's code?")
     add.add_argument(
         "notebooks", nargs="*", metavar="NOTEBOOK", help="only these; otherwise all, and what is around them"
@@ -232,6 +234,21 @@ def plan_recipe(arguments: argparse.Namespace) -> int:
     return plan(training(config), arguments.topology)
 
 
+def report_runs(arguments: argparse.Namespace) -> int:
+    """Print the table and draw the page, or print everything as JSON."""
+    from maxkit.nb.run_report import report
+
+    found = report(*arguments.runs, over=arguments.over, curves=arguments.curves)
+    page = arguments.output or (None if arguments.json else "report.html")
+    files = [str(path) for path in found.save(page)] if page else []
+    if arguments.json:
+        print(json.dumps({**found.to_json(), "files": files}, indent=2, allow_nan=False))
+        return 0
+    print(found.text(shutil.get_terminal_size((100, 24)).columns), end="\n\n")
+    print(f"page    {files[0]}\nfigure  {', '.join(files[1:])}")
+    return 0
+
+
 def check_notebooks(arguments: argparse.Namespace) -> int:
     """List what the guards find: exit code 0 where that is nothing, 1 otherwise."""
     from maxkit.nb import guards
@@ -303,6 +320,18 @@ def _add_compare(commands: Any) -> None:
     add.add_argument("--rtol", type=float, default=1e-5, metavar="X", help="see --atol (1e-5)")
     add.add_argument("--json", action="store_true", help="as one JSON object")
     add.set_defaults(command=compare_checkpoints)
+
+
+def _add_report(commands: Any) -> None:
+    add = commands.add_parser("report", help="runs side by side: parameters, curves, times, memory, checks")
+    add.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, such as runs/sft, or a record (.json)")
+    add.add_argument("--over", choices=("steps", "tokens"), help="of the curves; tokens where updates differ in them")
+    text = "a metric to draw in place of the recipe's own, such as grad_norm or held_out/loss; may be given again"
+    add.add_argument("--curve", dest="curves", action="append", default=[], metavar="NAME", help=text)
+    text = "the page; the figure lies beside it as .svg and .png (report.html; with --json none)"
+    add.add_argument("-o", "--output", metavar="OUT.html", help=text)
+    add.add_argument("--json", action="store_true", help="print one JSON object")
+    add.set_defaults(command=report_runs)
 
 
 def _add_parameters(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ __getattr__, __dir__ = attach(
         "bars_figure": "maxkit.nb.figures:bars_figure",
         "intervals_figure": "maxkit.nb.figures:intervals_figure",
         "metrics_figure": "maxkit.nb.figures:metrics_figure",
+        "report": "maxkit.nb.run_report:report",
         "expect": "maxkit.nb.checks:expect",
         "check_all": "maxkit.nb.checks:check_all",
         "write_report": "maxkit.nb.record:write_report",

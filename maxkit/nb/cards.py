@@ -65,15 +65,15 @@ def hardware_card(facts: Mapping[str, Any], *, title: str = "This machine", note
     lines += [f"note: {note}" for note in notes]
     body = "".join(
         f'<div style="display:flex;gap:1em;padding:0.15em 0">'
-        f'<div style="min-width:11em;opacity:0.75">{_escape(k)}</div>'
-        f'<div style="font-variant-numeric:tabular-nums">{"<br>".join(map(_escape, v))}</div></div>'
+        f'<div style="min-width:11em;opacity:0.75">{escape(k)}</div>'
+        f'<div style="font-variant-numeric:tabular-nums">{"<br>".join(map(escape, v))}</div></div>'
         for k, v in values.items()
     )
     foot = "".join(
-        f'<div style="margin-top:0.5em;border-left:3px solid {GREY};padding-left:0.6em">{_escape(n)}</div>'
+        f'<div style="margin-top:0.5em;border-left:3px solid {GREY};padding-left:0.6em">{escape(n)}</div>'
         for n in notes
     )
-    return Card(f'<div style="{CARD}"><div style="{_HEAD}">{_escape(title)}</div>{body}{foot}</div>', "\n".join(lines))
+    return Card(f'<div style="{CARD}"><div style="{_HEAD}">{escape(title)}</div>{body}{foot}</div>', "\n".join(lines))
 
 
 def text_card(segments: Sequence[Sequence[tuple[str, bool]]], *, title: str = "") -> Card:
@@ -87,9 +87,9 @@ def text_card(segments: Sequence[Sequence[tuple[str, bool]]], *, title: str = ""
             else:
                 runs.append((text, marked))
         bold = f"font-weight:700;background:{SHADE};border-bottom:2px solid {GREY}"
-        parts.append("".join(f'<span style="{bold}">{_escape(t)}</span>' if m else _escape(t) for t, m in runs))
+        parts.append("".join(f'<span style="{bold}">{escape(t)}</span>' if m else escape(t) for t, m in runs))
         lines.append("".join(f"»{t}«" if m else t for t, m in runs))
-    head = f'<div style="{_HEAD}">{_escape(title)}</div>' if title else ""
+    head = f'<div style="{_HEAD}">{escape(title)}</div>' if title else ""
     rule = f'<div style="border-top:1px dashed {GREY};margin:0.4em 0"></div>'
     body = rule.join(f'<div style="font-family:monospace;white-space:pre-wrap">{part}</div>' for part in parts)
     return Card(f'<div style="{CARD}">{head}{body}</div>', "\n".join(lines))
@@ -100,7 +100,7 @@ def parameters_card(recipe: str, rows: Sequence[Mapping[str, Any]], num_defaults
     rest = f"{num_defaults} other parameters have their defaults"
     if not rows:
         text = f"{recipe}: all {num_defaults} parameters have their defaults"
-        return Card(f'<div style="{CARD}">{_escape(text)}</div>', text)
+        return Card(f'<div style="{CARD}">{escape(text)}</div>', text)
     return table(rows, title=f"{recipe}: parameters that were given", caption=rest)
 
 
@@ -157,8 +157,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _escape(text: str) -> str:
-    # A dollar sign would start mathematics in a notebook.
+def escape(text: str) -> str:
+    """Text as HTML; a dollar sign would start mathematics in a notebook."""
     return html.escape(text).replace("$", "&#36;").replace("\n", "<br>")
 
 
@@ -168,18 +168,18 @@ def _table_html(
     sides = ["right" if r else "left" for r in right]
     pad = "padding:0.25em 0.9em;vertical-align:top;background:none;color:inherit"
     head = "".join(
-        f'<th scope="col" style="{pad};text-align:{s};border-bottom:{LINE};font-weight:600">{_escape(n)}</th>'
+        f'<th scope="col" style="{pad};text-align:{s};border-bottom:{LINE};font-weight:600">{escape(n)}</th>'
         for n, s in zip(names, sides, strict=True)
     )
     body = ""
     for i, row in enumerate(cells):
         columns = "".join(
-            f'<td style="{pad};text-align:{s};font-variant-numeric:tabular-nums">{_escape(c)}</td>'
+            f'<td style="{pad};text-align:{s};font-variant-numeric:tabular-nums">{escape(c)}</td>'
             for c, s in zip(row, sides, strict=True)
         )
         body += f'<tr style="background:{SHADE if i % 2 else "none"}">{columns}</tr>'
-    top = f'<div style="{_HEAD}">{_escape(title)}</div>' if title else ""
-    foot = f'<div style="opacity:0.75;margin-top:0.4em">{_escape(caption)}</div>' if caption else ""
+    top = f'<div style="{_HEAD}">{escape(title)}</div>' if title else ""
+    foot = f'<div style="opacity:0.75;margin-top:0.4em">{escape(caption)}</div>' if caption else ""
     return (
         f'<div style="{CARD}">{top}<table style="border-collapse:collapse;border:none;margin:0">'
         f'<thead><tr style="background:none">{head}</tr></thead><tbody>{body}</tbody></table>{foot}</div>'

@@ -69,7 +69,7 @@ class Progress:
         after_first = self._seconds[1:]  # the first update compiles, the others do not
         if after_first and step < self.total:
             left = sum(after_first) / len(after_first) * (self.total - step)
-            told.append(f"{_duration(left)} left")
+            told.append(f"{duration(left)} left")
         return "  ".join([f"update {step:>{width}}/{self.total}", *told])
 
     def close(self, message: str = "") -> None:
@@ -80,7 +80,7 @@ class Progress:
         if self.live and self.history:
             self._draw()
         steps = len(self.history)
-        self._line(message or f"{steps} updates in {_duration(time.monotonic() - self._started)}")
+        self._line(message or f"{steps} updates in {duration(time.monotonic() - self._started)}")
 
     def _line(self, text: str) -> None:
         if self.lines < MAX_LINES:
@@ -160,7 +160,8 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people: 4.57 s, 3 min 12 s, 2 h 5 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

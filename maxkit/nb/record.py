@@ -58,7 +58,7 @@ def write_report(
         "seconds": {name: round(float(seconds[name]), 3) for name in SECONDS if name in seconds},
         "environment": {**describe_environment(), **(environment or {})},
     }
-    record = _jsonable(record)
+    record = jsonable(record)
     if _process_index() == 0:
         write_json(run_dir / REPORT, record)
     return record
@@ -124,11 +124,12 @@ def write_json(path: Path, content: Any) -> None:
         raise UserError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """The same of what JSON has; numbers that it lacks are the texts nan, inf and -inf."""
     if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
+        return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(v) for v in value]
+        return [jsonable(v) for v in value]
     value = plain(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
