@@ -80,7 +80,10 @@ class Assessment(Evaluation):
 
 
 class Run:
-    """One execution of a recipe in this process; the methods are called in the order of the module's head."""
+    """One execution of a recipe in this process; the methods are called in the order of the module's head.
+
+    Each may be called again, as cells are: `load_data` and `load_model` go back to what is stored, `train` goes on.
+    """
 
     def __init__(self, cfg: RecipeConfig, task: RecipeTask | None = None):
         """`task`: the recipe's own where it is None. Raises UserError as `start`."""
@@ -143,9 +146,15 @@ class Run:
 
     def show_row(self, number: int) -> Any:
         """One training row as text; what is trained is marked, and each segment begins on a line of its own."""
+        self._needs("data")
         return cards.row(self.data.train[number], self.tokenizer, f"Training row {number}")
 
     # ------------------------------------------------------------ data and weights
+
+    def _needs(self, what: str) -> None:
+        """Refuse a cell that was run before the one that it builds on: `data` or `model`."""
+        if (self.data if what == "data" else self.state) is None:
+            raise UserError(f"there is no {what} yet: the cell with run.load_{what}() comes first")
 
     def load_data(self) -> Any:
         """Read, encode and split the data set; nothing is dropped without being counted in its report."""
@@ -163,7 +172,11 @@ class Run:
 
     def load_model(self) -> TrainState:
         """The state to train: from the run's newest checkpoint, from the source's weights, or from the seed."""
+        self._needs("data")
         start = time.perf_counter()
+        # Called again, after updates: the newest checkpoint is that of another step than when the run began.
+        self.resumed_from = self.store.latest_step()
+        self.steps_done, self.history, self.held_out = self.resumed_from or 0, [], {}
         with jax.set_mesh(self.mesh):
             position = None
             if self.resumed_from is not None:
@@ -252,6 +265,7 @@ class Run:
             Stopped: SIGTERM or SIGINT arrived; what was done is saved and the same command continues it.
         """
         cfg = self.cfg
+        self._needs("model")
         if self.steps_done >= cfg.steps:
             return self.history
         with jax.set_mesh(self.mesh), StopRequest() as stop, self._writer() as writer:
@@ -283,7 +297,6 @@ class Run:
             progress.close()
             self.seconds["train"] += time.perf_counter() - started
         if reason:
-            self.store.close()
             raise Stopped(
                 f"stopped by {reason} after update {self.steps_done} of {cfg.steps}, which is saved in "
                 f"{cards.display_path(self.folder)}: start the same command again to continue"
@@ -362,6 +375,7 @@ class Run:
     @property
     def params(self) -> Tree:
         """All of the model's weights as they are now."""
+        self._needs("model")
         return self.definition.join(self.state.params, self.state.base)
 
     @property

@@ -4,6 +4,7 @@
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from maxkit import run as runs
 from maxkit.checkpoint.load import load, open_source, read_params
 from maxkit.checkpoint.store import CheckpointStore
 from maxkit.config import resolve
-from maxkit.errors import UserError
+from maxkit.errors import Stopped, UserError
 from maxkit.models.config import ModelConfig
 from maxkit.models.definition import ModelDefinition
 from maxkit.nb import checks
@@ -102,6 +103,37 @@ def test_a_finished_run_does_nothing_more(finished, corpus):
     assert [row["loss"] for row in again.history] == [row["loss"] for row in run.history]
     assert_same_bits(again.state, run.state)
     again.store.close()
+
+
+def test_cells_may_run_again_and_out_of_order(finished, folder, corpus):
+    unbroken, evaluation, _ = finished
+    run = runs.start(config_of(folder / "cells", corpus))
+    for early, missing in ((run.load_model, "data"), (run.train, "model"), (run.evaluate, "model")):
+        with pytest.raises(
+            UserError, match=rf"there is no {missing} yet: the cell with run.load_{missing}\(\) comes first"
+        ):
+            early()
+    run.load_data()
+    run.load_model()
+    next_batch = run.source.next
+
+    def interrupted(state):  # the stop button, in the second update
+        if int(state.step) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return next_batch(state)
+
+    run.source.next = interrupted
+    with pytest.raises(Stopped, match="stopped by SIGINT after update 2 of 4"):
+        run.train()
+    run.source.next = next_batch
+    run.train()
+    assert_same_bits(run.state, unbroken.state)
+    run.load_data()
+    run.load_model()  # the trained weights, not those that the run began with
+    assert_same_bits(run.state, unbroken.state)
+    assert run.steps_done == 4 and [row["step"] for row in run.train()] == [1, 2, 3, 4]
+    assert run.evaluate().loss == evaluation.loss
+    assert run.finish()["steps_done"] == run.finish()["steps_done"] == 4
 
 
 def test_settings_that_do_not_change_the_run_may_change(finished, folder, corpus):
