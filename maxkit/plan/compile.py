@@ -106,6 +106,7 @@ def _compilers_own(compiled: Any) -> dict[str, int]:
         "output": stats.output_size_in_bytes,
         "aliased": stats.alias_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
+        "peak": stats.peak_memory_in_bytes,
     }
 
 
@@ -113,9 +114,7 @@ def _need(compiled: Any, refusal: str | None, device: jax.Device) -> tuple[int |
     """(required, available) bytes of HBM per device."""
     if compiled is None:
         return hlo.out_of_memory(refusal or "") or (None, None)
-    own = _compilers_own(compiled)
-    used = own["arguments"] + own["temporaries"] + own["output"] - own["aliased"] + own["code"]
-    return used, topology.hbm_bytes(device)
+    return compiled.memory_analysis().peak_memory_in_bytes, topology.hbm_bytes(device)
 
 
 def _work(made: build.Blueprint, cfg: RecipeConfig, mesh: Mesh) -> tuple[float, float | None]:

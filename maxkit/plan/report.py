@@ -18,7 +18,9 @@ class Memory:
     """Bytes of HBM per device: params, optimizer, batch and teacher counted from shapes, the others the compiler's own.
 
     arguments = params + optimizer + batch + teacher (one that runs in every update) and some scalars; aliased is the
-    part of the output that reuses arguments (the state is donated).
+    part of the output that reuses arguments (the state is donated). temporaries is the sum of places that the compiler
+    set aside, peak what is in use at the fullest moment, arguments included: places are shared, also with arguments
+    that are not needed any more, so it can be less than the sum, and programs whose sum exceeds the HBM do compile.
     """
 
     params: int
@@ -30,13 +32,15 @@ class Memory:
     aliased: int | None = None
     code: int | None = None
     teacher: int = 0
+    peak: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The verdict of the TPU compiler on one training step.
 
-    required_bytes, available_bytes: HBM per device; where it does not fit, out of the compiler's refusal.
+    required_bytes, available_bytes: HBM per device at the fullest moment (`Memory.peak`); where it does not fit, out of
+        the compiler's refusal.
     flops_per_step: over all devices, counted from the architecture, see `FLOPS_FORMULA`.
     least_seconds_per_step: flops_per_step at the published dense bfloat16 peak: a bound, no prediction.
         None where no peak is known.
@@ -119,6 +123,7 @@ class Plan:
             ("temporaries", m.temporaries, ""),
             ("output", m.output, reused),
             ("code", m.code, ""),
+            ("fullest moment", m.peak, "places are shared, so it can be less than the sum"),
         ]
         shown = [(name, size, note) for name, size, note in rows if size is not None]
         return [f"HBM per device {unit:>15}"] + [
