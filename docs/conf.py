@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 (Path(__file__).parent / "_generated").mkdir(exist_ok=True)  # filled by _ext/maxkit_site.py
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the API pages import the package; no chip is needed for that
 
+from notebook_pages import public_repository  # noqa: E402 - out of docs/_ext
+
 project = "maxkit"
 author = "the maxkit authors"
 copyright = author
@@ -40,6 +42,10 @@ python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 default_role = "literal"
 
+footer = f"maxkit {version}"
+if repository := public_repository():  # versions lie side by side, see publish.py
+    footer += ' · <a href="https://{}.github.io/{}/versions.html">other versions</a>'.format(*repository.split("/"))
+
 html_theme = "sphinx_book_theme"
 html_title = "maxkit"
 html_favicon = "_static/favicon.svg"
@@ -53,7 +59,8 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
     "logo": {"image_light": "_static/favicon.svg", "image_dark": "_static/favicon.svg", "text": "maxkit"},
-    "footer_content_items": ["copyright"],
+    "footer_content_items": ["copyright", "extra-footer"],
+    "extra_footer": footer,
     # Search and the switch of the theme stand in the page's own bars already.
     "navbar_start": [],
     "navbar_center": [],

@@ -12,17 +12,12 @@ from maxkit.config import RECIPES, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = builder_data()
-PAGES = (
-    "index.html",
-    "gallery.html",
-    "builder.html",
-    "troubleshooting.html",
-    "api.html",
-    "changelog.html",
-    "search.html",
+NOTEBOOKS = (
     *(recipe["page"] for recipe in DATA["recipes"]),
     *(f"tutorials/{path.stem}.html" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))),
 )
+GUIDES = tuple(f"{path.stem}.html" for path in sorted((ROOT / "docs").glob("*.md")))
+PAGES = (*GUIDES, "api.html", "search.html", *NOTEBOOKS)
 SEEN_IN_ALL_WAYS = ("index.html", "gallery.html", "builder.html", "recipes/sft.html", "tutorials/decoder_tour.html")
 
 
@@ -78,7 +73,7 @@ def test_the_search_finds_each_recipe(open_page, recipe):
 def test_every_card_has_its_figure_and_leads_to_its_page(open_page):
     page = open_page("gallery.html")
     cards = page.locator(".mk-card")
-    assert cards.count() == len(PAGES) - 7
+    assert cards.count() == len(NOTEBOOKS)
     named = "cards => cards.filter(card => !card.querySelector('img')).map(card => card.dataset.name)"
     assert cards.evaluate_all(named) == [], "without a figure"
     for i in range(cards.count()):
