@@ -150,12 +150,18 @@ def parameter_table(config: ModelConfig, title: str) -> Card:
 
 def cache_bytes(config: ModelConfig, context: int, dtype: str = "bfloat16") -> int:
     """Bytes that the layers must keep of a sequence of `context` tokens: never more than a layer can look back."""
-    usual, total = jnp.dtype(dtype).itemsize, 0
+    return sum(cache_shares(config, context, dtype).values())
+
+
+def cache_shares(config: ModelConfig, context: int, dtype: str = "bfloat16") -> dict[str, int]:
+    """`cache_bytes` of each kind of layer (`layer_kind`)."""
+    usual, found = jnp.dtype(dtype).itemsize, collections.Counter()
     for block, count in collections.Counter(config.blocks).items():
         kept = min(context, span(block).reach or context)
         for shape, _, own in mixer_class(config, block).cache_shapes(config, 1, kept).values():
-            total += count * math.prod(shape) * (jnp.dtype(own).itemsize if own else usual)
-    return total
+            size = jnp.dtype(own).itemsize if own else usual
+            found[layer_kind(config, block)] += count * math.prod(shape) * size
+    return dict(found)
 
 
 # --- RoPE -------------------------------------------------------------------------------------
@@ -233,7 +239,7 @@ def agreement(config: ModelConfig, *, seed: int = 0, tokens: int = 14, prompt: i
     """
     scanned, unrolled = (ModelDefinition(config, Execution(scan_layers=scan)) for scan in (True, False))
     ids = jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, (2, tokens), np.int32))
-    whole, cached = jax.jit(functools.partial(_whole_and_cached, scanned, prompt))(random_values(scanned, seed), ids)
+    whole, cached = jax.jit(functools.partial(at_once_and_cached, scanned, prompt))(random_values(scanned, seed), ids)
     other = jax.jit(lambda params: unrolled.merge(params)(ids)[0])(random_values(unrolled, seed))
     spread = float(jnp.std(whole))
     return {
@@ -261,8 +267,10 @@ def random_values(definition: ModelDefinition, seed: int) -> dict[str, Any]:
     return definition.tree(value)
 
 
-def _whole_and_cached(definition, prompt, params, ids):
-    """Logits [2, T, V] at once, and the same from a cache."""
+def at_once_and_cached(
+    definition: ModelDefinition, prompt: int, params: Any, ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits [B, T, V] of ids [B, T] at once; and with a cache, `prompt` tokens and then one after another."""
     model = definition.merge(params)
     whole = model(ids)[0]
     first, cache = model(ids[:, :prompt], cache=model.init_cache(len(ids), ids.shape[1]))

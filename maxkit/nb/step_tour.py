@@ -52,12 +52,19 @@ class Product:
     flops: int
 
 
-def products(config: ModelConfig, rows: int, length: int) -> list[Product]:
-    """Every product of the forward pass, in its order, for rows x length tokens.
+def products(config: ModelConfig, rows: int, length: int, keys: int | None = None) -> list[Product]:
+    """Every product of the forward pass, in its order, for rows x length tokens that look at `keys` (their own number).
 
     Attention is counted as the reference kernel computes it: every query with every key, masked or not.
     """
-    sizes = {"B": rows, "T": length, "S": length, "V": config.vocab_size, "D": config.embed_dim, "F": config.mlp_dim}
+    sizes = {
+        "B": rows,
+        "T": length,
+        "S": keys or length,
+        "V": config.vocab_size,
+        "D": config.embed_dim,
+        "F": config.mlp_dim,
+    }
     sizes |= {"N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim}
 
     def product(name: str, part: str, einsum: str, layers: int = 1) -> Product:

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tutorials on the training step, the cache and LoRA count: against sums by hand and against XLA."""
 
+import jax
+import numpy as np
 import pytest
-from tiny_models import TINY, random_batch, tiny
+from tiny_models import TINY, random_batch, tiny, weights
 
+from maxkit.checkpoint.load import Loaded
+from maxkit.formats.presets import preset_config
+from maxkit.infer.engine import Engine
 from maxkit.models.definition import ModelDefinition
-from maxkit.nb import step_tour
+from maxkit.nb import architecture, decoding_tour, packing_tour, step_tour
 
 
 def is_good(figure) -> bool:
@@ -59,3 +64,75 @@ def test_bytes_are_those_of_the_compiled_step() -> None:
     assert step_tour.kept_bytes(config, batch, "none")["MLP"] == pytest.approx(6 * 2 * 4 * 24 * 40 * 4)
     figure = step_tour.memory_figure({"none": (fixed | {"kept": kept["none"]}, reserved["all"])}, title="Memory")
     assert is_good(figure)
+
+
+# --- the cache and decoding -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    chat = [{"role": "user", "content": "one two three"}, {"role": "assistant", "content": "four five"}]
+    tokenizer = packing_tour.chatml_tokenizer([chat])
+    definition = ModelDefinition(tiny(vocab_size=tokenizer.vocab_size))
+    return Loaded(definition, weights(definition), tokenizer, (), "memory")
+
+
+def test_a_cached_pass_computes_one_token_and_looks_at_all() -> None:
+    # Per token and layer 2 x the weights, plus 4 x H x N for each key; the last token's logits.
+    kernels = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24)
+    assert decoding_tour.pass_flops(TINY, 1, 20) == 2 * (kernels + 2 * 20 * 16 * 2) + 2 * 16 * 48
+    curves = decoding_tour.writing_flops(TINY, 3, 4)
+    assert curves["with a cache"][0] == curves["without a cache"][0] == decoding_tour.pass_flops(TINY, 3, 3)
+    assert curves["with a cache"][1] - curves["with a cache"][0] == decoding_tour.pass_flops(TINY, 1, 4)
+    assert curves["without a cache"][3] - curves["without a cache"][2] == decoding_tour.pass_flops(TINY, 6, 6)
+    wide = tiny(embed_dim=128, mlp_dim=320, head_dim=32)
+    assert 1 < decoding_tour.traced_pass_flops(wide, 1, 24) / decoding_tour.pass_flops(wide, 1, 24) < 1.05
+    assert is_good(decoding_tour.writing_figure(curves, title="Work"))
+    assert (
+        "computed for 2 new ones: 7 without, 4 with"
+        in decoding_tour.passes_figure(list("abcde"), 3, title="Passes").alt
+    )
+
+
+def test_caches_of_five_kinds_of_attention() -> None:
+    llama = preset_config("llama3.1-8b")
+    per_token = [architecture.cache_bytes(c, 60_000) / 60_000 / 1024 for c in decoding_tour.variants(llama).values()]
+    windows = 128 * (5 + 27 * 1024 / 60_000) / 32  # of 32 layers the last of each six and no other looks at all
+    assert per_token == pytest.approx([512, 128, 16, windows, 32 * (512 + 64) * 2 / 1024])
+    assert decoding_tour.allocated_bytes(TINY, 2, 10, "float32") == 2 * architecture.cache_bytes(TINY, 10, "float32")
+    figure = decoding_tour.cache_bars_figure(
+        {"llama": llama, "gemma": preset_config("gemma3-1b")}, 8192, title="Caches"
+    )
+    assert "llama 1.0; gemma" in figure.alt
+    found = decoding_tour.intensity(llama, 1, 1, 2048)
+    assert found["per byte"] == pytest.approx(1, abs=0.1)  # two FLOPs for each weight of two bytes
+
+
+def test_what_is_kept_is_what_is_drawn(loaded) -> None:
+    logits = decoding_tour.next_logits(loaded, ["one two", "three"])
+    at_once = loaded.model(np.asarray([loaded.tokenizer.encode("three")]))[0][0, -1]
+    assert np.allclose(logits["three"], at_once, atol=1e-4)
+    values = logits["one two"]
+    plain = np.asarray(jax.nn.softmax(values / 0.5))
+    assert np.allclose(decoding_tour.probabilities(values, temperature=0.5), plain, atol=1e-6)
+    kept = decoding_tour.probabilities(values, temperature=0.5, top_k=3)
+    best = np.argsort(-values)[:3]
+    assert (kept > 0).sum() == 3 and np.allclose(kept[best], plain[best] / plain[best].sum(), atol=1e-6)
+    share = decoding_tour.drawn(values, 300, temperature=0.5, top_k=3, seed=1)
+    assert abs(share - kept).max() < 0.1 and not share[kept == 0].any()
+    figure = decoding_tour.kept_figure(loaded, logits, top_k=3, top_p=0.5, count=5, title="Kept")
+    assert "one two: 3 and" in figure.alt and is_good(figure)
+    assert is_good(decoding_tour.temperature_figure(loaded, values, (0.5, 1.0), title="Temperature"))
+
+
+def test_compilations_are_counted_and_the_cache_changes_nothing(loaded) -> None:
+    assert decoding_tour.largest_difference(loaded, [1, 2, 3, 4, 5, 6, 7], prompt=3) < 1e-4
+    engine = Engine(loaded.definition, loaded.params, batch_size=1, cache_size=64)
+    first = {"prompts": [[1, 2]], "max_new_tokens": 5}
+    calls = {
+        "first": first,
+        "again": first | {"temperature": 0.5, "seed": 3},
+        "longer": first | {"prompts": [[1] * 20]},
+    }
+    assert [row["programs compiled"] for row in decoding_tour.compilations(engine, calls)] == [1, 0, 1]
+    assert set(decoding_tour.cpu_milliseconds(loaded, [1, 2, 3], new=2)) == {"prefill", "decode"}
