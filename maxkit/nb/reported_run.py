@@ -123,7 +123,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
     recipes = {run.recipe: run for run in runs if run.recipe}
     if len(recipes) > 1:
         told = ", ".join(f"{run.path} ({recipe})" for recipe, run in recipes.items())
-        raise UserError(f"report: these runs are of different recipes, whose numbers mean different things: {told}")
+        raise UserError(f"report: these runs are of different recipes, give those of one: {told}")
     return runs
 
 

@@ -6,7 +6,7 @@
     report.card                      the table
     report.save("report.html")       a page that stands alone, and the figure beside it
 
-Next to read: `reported_run.py` (what is read), `run_report_table.py` (the table), `run_report_panels.py` (what is drawn).
+Next to read: `reported_run.py` (what is read), `run_report_table.py` (the table), `run_report_panels.py` (the figure).
 """
 
 import dataclasses
