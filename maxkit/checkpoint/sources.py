@@ -12,6 +12,7 @@ from pathlib import Path
 from maxkit.errors import UserError, nearest
 from maxkit.fetch import HUB_TIMEOUT_S, HubFile, Wheel, fetch_file, first_line
 from maxkit.formats.presets import PRESETS, is_preset
+from maxkit.secret import read_secret
 
 HUB_PREFIX = "hf:"
 # What the readers open.
@@ -100,7 +101,13 @@ def _snapshot(address: str) -> Path:
             allow_patterns=HUB_FILES,
             ignore_patterns=["*/*"],
             etag_timeout=HUB_TIMEOUT_S,
+            token=read_secret("HF_TOKEN"),  # None: what the hub's own client finds
         )
+    except hub.errors.RepositoryNotFoundError as error:  # also what a gated or private one says
+        raise UserError(
+            f"model={address!r}: the model hub shows no such model ({type(error).__name__}). Check the name; for a "
+            "gated or private one set HF_TOKEN, in the environment or as a secret of Colab or Kaggle"
+        ) from None
     except Exception as error:  # the hub client raises its HTTP library's own classes
         raise UserError(
             f"model={address!r}: the model hub gave no files ({type(error).__name__}: "

@@ -16,6 +16,7 @@ import numpy as np
 from maxkit.data import corpora
 from maxkit.data.report import Rejected, RowReport
 from maxkit.errors import UserError, nearest
+from maxkit.secret import read_secret
 
 ROLES = ("system", "user", "assistant", "tool")
 SUFFIXES = (".jsonl", ".parquet", ".txt")
@@ -277,7 +278,7 @@ def _hub_rows(dataset: str) -> Iterator[_Raw]:
     except ImportError as error:
         raise UserError(f"dataset={dataset} needs the package datasets: pip install datasets") from error
     try:
-        rows = datasets.load_dataset(name, split=split or "train")
+        rows = datasets.load_dataset(name, split=split or "train", token=read_secret("HF_TOKEN"))
     except Exception as error:  # the hub's client raises many kinds: offline, not found, gated, no such split
         raise UserError(f"dataset={dataset} cannot be loaded: {_first_line(error)}") from error
     return (_Raw(dataset, number, value) for number, value in enumerate(rows, start=1))

