@@ -61,6 +61,18 @@ def counts(junit: Path) -> tuple[int, int, int]:
     return total - failed - skipped, failed, skipped
 
 
+def shared_programs(scratch: Path) -> dict[str, str]:
+    """Environment in which a program that one test compiled is read by every later one, its child processes too.
+
+    Most of a small model's test is compiling, and many tests compile the same. The folder is new in every call.
+    """
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def run_tier(tier: str, scratch: Path, workers: int) -> Result:
     """Run `tests/<tier>` in a process of its own, so that no tier inherits another's JAX state."""
     junit, measured = scratch / f"{tier}.xml", scratch / tier
@@ -70,7 +82,8 @@ def run_tier(tier: str, scratch: Path, workers: int) -> Result:
     if tier in PARALLEL and workers > 1:
         command += ["-n", str(workers), "--dist", "loadfile"]
     start = time.perf_counter()
-    code = subprocess.run(command, cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(measured / "coverage")}).returncode
+    environment = os.environ | shared_programs(scratch) | {"COVERAGE_FILE": str(measured / "coverage")}
+    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     seconds = time.perf_counter() - start
     coverage = line_coverage(scratch / f"{tier}.coverage", sorted(measured.iterdir()))
     return Result(tier, code, seconds, *counts(junit), coverage)
