@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from page_checks import findings, overflow
 from recipe_builder import builder_data
 
 from maxkit.cli import build_parser
@@ -19,21 +20,6 @@ NOTEBOOKS = (
 GUIDES = tuple(f"{path.stem}.html" for path in sorted((ROOT / "docs").glob("*.md")))
 PAGES = (*GUIDES, "api.html", "search.html", *NOTEBOOKS)
 SEEN_IN_ALL_WAYS = ("index.html", "gallery.html", "builder.html", "recipes/sft.html", "tutorials/decoder_tour.html")
-
-
-def overflow(page) -> int:
-    """By how many pixels the page is wider than its window."""
-    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-
-
-def findings(page) -> list[str]:
-    """Serious and critical accessibility findings of axe-core, with the elements."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    options = {"resultTypes": ["violations"]}
-    violations = Axe().run(page, options=options).response["violations"]
-    serious = [v for v in violations if v["impact"] in ("serious", "critical")]
-    return [f"{v['id']}: {[node['html'][:160] for node in v['nodes'][:4]]}" for v in serious]
 
 
 @pytest.mark.parametrize("path", PAGES)

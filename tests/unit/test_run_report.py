@@ -225,7 +225,7 @@ def test_a_mistake_is_one_line(real, variant, tmp_path, capsys, monkeypatch) -> 
         ((real, real / "report.json"), "is given twice"),
         ((real, RESULTS / "sft-cpu.json"), "of different recipes, give those of one"),
         ((real, "--curve", "los"), "no run has a curve of 'los': did you mean 'loss'?"),
-        ((RESULTS / "eval-cpu.json", "--over", "tokens"), "no batch_size and seq_len"),
+        ((RESULTS / "convert-cpu.json", "--over", "tokens"), "no batch_size and seq_len"),
         ((real, "-o", "report.pdf"), "'report.pdf' must end in .html"),
         ((real, "-o", "mine.html"), "'mine.html' is there and no report"),
         ([tmp_path / f"v{i}" for i in range(MOST_RUNS)] + [real], "19 runs are given; one figure can tell 18 apart"),
