@@ -2,8 +2,10 @@
 """Manifests for clusters, workflows of the public CI, publishing of the site: what is known without running them."""
 
 import importlib.util
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -207,6 +209,38 @@ def test_each_version_has_its_folder_and_the_list_has_them_all(publishing, tmp_p
     links = re.findall(r'href="([^"]+)"', (site / "versions.html").read_text())
     assert links == ["latest/index.html", "v0.10/index.html", "v0.9/index.html"]
     assert "url=latest/index.html" in (site / "index.html").read_text()
+
+
+def test_the_workflows_script_publishes_on_a_branch(tmp_path):
+    """The script itself, in a clone of an empty repository on this disk: first without the branch, then on it."""
+    (script,) = [step["run"] for step in steps(ROOT / ".github/workflows/docs.yml") if step.get("name") == "Publish"]
+    origin, clone = tmp_path / "origin.git", tmp_path / "clone"
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("GIT_")},
+        "GIT_AUTHOR_NAME": "a",
+        "GIT_AUTHOR_EMAIL": "a@example.org",
+        "GIT_COMMITTER_NAME": "a",
+        "GIT_COMMITTER_EMAIL": "a@example.org",
+        "GITHUB_SHA": "0" * 40,
+    }
+
+    def shell(lines: str, cwd: Path = clone, **more: str) -> str:
+        command = ["bash", "-e", "-o", "pipefail", "-c", lines]
+        done = subprocess.run(command, cwd=cwd, env=environment | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    shell(f"git init -q --bare {origin} && git clone -q {origin} {clone}", tmp_path)
+    shell(
+        f"mkdir -p docs/_build/html .venv/bin; ln -s {sys.executable} .venv/bin/python; cp {ROOT}/docs/publish.py docs"
+    )
+    shell("git add docs/publish.py; git commit -q -m first; echo one > docs/_build/html/index.html")
+    for ref in ("refs/heads/main", "refs/tags/v0.1.0", "refs/tags/v0.1.0"):  # the last one changes nothing
+        shell(script, GITHUB_REF=ref)
+        shell("git worktree remove --force site; git branch -q -D gh-pages")
+    held = shell("git ls-tree -r --name-only gh-pages", origin).split()
+    assert held == [".nojekyll", "index.html", "latest/index.html", "v0.1/index.html", "versions.html"]
+    assert shell("git log --format=%s gh-pages", origin).count("refs/tags/v0.1.0") == 2
 
 
 @pytest.mark.parametrize("ref", ["refs/heads/topic", "refs/tags/1.2.3", "refs/tags/v1.2", "refs/pull/7/merge"])
