@@ -329,13 +329,17 @@ class Eval(EvalConfig, Parameters):
 
 
 class RecipeEntry(NamedTuple):
-    """One row of the registry. `smoke` is the smallest run that still does everything, for CI."""
+    """One row of the registry. `smoke` is the smallest run that still does everything, for CI.
+
+    `accelerator` is what Colab and Kaggle are asked for: a GPU where a CPU takes minutes.
+    """
 
     config: type[Parameters]
     title: str
     result: str
     notebook: str
     smoke: dict[str, Any]
+    accelerator: Literal["", "GPU"] = ""
 
 
 RECIPES: dict[str, RecipeEntry] = {
@@ -345,6 +349,7 @@ RECIPES: dict[str, RecipeEntry] = {
         "SmolLM2-135M-Instruct learns a small set of conversations; answers before and after",
         "sft.ipynb",
         {"steps": 2, "batch_size": 2, "seq_len": 64},
+        accelerator="GPU",
     ),
     "pretrain": RecipeEntry(
         Pretrain,
@@ -352,6 +357,7 @@ RECIPES: dict[str, RecipeEntry] = {
         "a small decoder learns Shakespeare until it beats the bigram entropy of the same text",
         "pretrain.ipynb",
         {"steps": 3, "batch_size": 2, "seq_len": 64, "num_layers": 2, "embed_dim": 32, "mlp_dim": 64},
+        accelerator="GPU",
     ),
     "grpo": RecipeEntry(
         Grpo,
@@ -359,6 +365,7 @@ RECIPES: dict[str, RecipeEntry] = {
         "a small model that imitated a careless teacher learns to compare digits from being told right or wrong",
         "grpo.ipynb",
         {"steps": 2, "batch_size": 16, "num_generations": 4, "imitation_steps": 2, "eval_period": 0},
+        accelerator="GPU",
     ),
     "convert": RecipeEntry(
         Convert,
@@ -373,6 +380,7 @@ RECIPES: dict[str, RecipeEntry] = {
         "SmolLM2-135M-Instruct on multiple choice, sums and text: accuracies with intervals, against chance",
         "eval.ipynb",
         {"tasks": ("piqa", "sums", "pydoc"), "limit": 4, "seq_len": 32},
+        accelerator="GPU",
     ),
     "dpo": RecipeEntry(
         Dpo,
@@ -380,6 +388,7 @@ RECIPES: dict[str, RecipeEntry] = {
         "SmolLM2-135M-Instruct learns from pairs which answer is better; margins on held-out pairs, before and after",
         "dpo.ipynb",
         {"steps": 2, "batch_size": 2, "seq_len": 192, "limit": 8},
+        accelerator="GPU",
     ),
     "distill": RecipeEntry(
         Distill,
@@ -387,6 +396,7 @@ RECIPES: dict[str, RecipeEntry] = {
         "a student of 10 of SmolLM2's 30 layers learns to expect what the whole model expects",
         "distill.ipynb",
         {"steps": 2, "batch_size": 2, "seq_len": 64, "student_layers": 2, "holdout_fraction": 0.01},
+        accelerator="GPU",
     ),
     "grpo_tunix": RecipeEntry(
         GrpoTunix,

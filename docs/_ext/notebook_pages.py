@@ -72,10 +72,10 @@ def header(entry: Entry) -> str:
     path = entry.notebook.relative_to(ROOT).as_posix()
     repository, branch = public_repository(), "main"
     if repository:
-        links.append((f"https://github.com/{repository}/blob/{branch}/{path}", "Source", ""))
-        links.append(
-            (f"https://colab.research.google.com/github/{repository}/blob/{branch}/{path}", "Open in Colab", "")
-        )
+        file = f"{repository}/blob/{branch}/{path}"
+        links.append((f"https://github.com/{file}", "Source", ""))
+        links.append((f"https://colab.research.google.com/github/{file}", "Open in Colab", ""))
+        links.append((f"https://kaggle.com/kernels/welcome?src=https://github.com/{file}", "Open in Kaggle", ""))
     else:
         links.append((f"{name}.ipynb.txt", "Source", ""))
         links.append((f"{up}colab.html", "Open in Colab", ""))

@@ -20,14 +20,10 @@ from maxkit.config import RECIPES, Parameters
 from maxkit.errors import CheckFailed, UserError
 from maxkit.nb.execute import KERNEL_LOG, kernel_environment
 from maxkit.nb.guards.freshness import STAMP, stamp
+from maxkit.nb.metadata import notebook_metadata
 from maxkit.nb.parameters_cell import BEGIN, END, parameters_details, parameters_source
 from maxkit.nb.record import REPORT, write_json
 from maxkit.nb.setup_cell import SETUP_CELL
-
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
-}
 
 
 def refresh(notebook: str | Path, text_only: bool = False) -> dict[str, Any] | None:
@@ -46,21 +42,22 @@ def refresh(notebook: str | Path, text_only: bool = False) -> dict[str, Any] | N
         raise UserError(f"{path} is not a notebook; `maxkit refresh recipes/sft.ipynb` renews one")
     book = nbformat.read(path, 4)
     recipe = next((name for name, entry in RECIPES.items() if entry.notebook == path.name), None)
+    metadata = notebook_metadata(RECIPES[recipe] if recipe is not None else None)
     _generate(book, RECIPES[recipe].config if recipe is not None else None)
     held = book.metadata.get(STAMP, {})
-    book.metadata = METADATA
+    book.metadata = metadata
     book = _formatted(book, path)  # before the run: what is stamped is the code that ran
     if text_only:
         if any(held.get(name) != now for name, now in stamp(book, None).items()):
             raise UserError(f"{path} is left as it was: its code is not that of its last run; leave out --text")
-        book.metadata = METADATA | {STAMP: held}
+        book.metadata = metadata | {STAMP: held}
         _write(book, path)
         return None
     with tempfile.TemporaryDirectory(prefix="maxkit-refresh-") as folder:
         _execute(book, path, folder)
         reports = Path(folder).glob(f"runs/{recipe}*/{REPORT}") if recipe is not None else ()
         record = next((json.loads(report.read_text(encoding="utf-8")) for report in reports), None)
-    book.metadata = METADATA | {STAMP: stamp(book, record)}
+    book.metadata = metadata | {STAMP: stamp(book, record)}
     if record is not None:
         write_json(path.parent / "results" / f"{path.stem}-{record['environment']['platform']}.json", record)
     _write(book, path)

@@ -40,7 +40,7 @@ def test_a_notebook_becomes_one_clean_stamped_run(tmp_path, capsys):
     assert [cell.execution_count for cell in book.cells] == [1, 2, 3]
     assert book.cells[1].source == 'print("a")\nprint(x * 2)'
     assert [output.text for output in book.cells[1].outputs] == ["a\n6\n"]
-    assert set(book.metadata) == {"kernelspec", "language_info", "maxkit"}
+    assert set(book.metadata) == {"kaggle", "kernelspec", "language_info", "maxkit"}
     # What a renewal cannot mend remains: this is no tutorial yet.
     assert found(path) == {"cell_order", "headings", "setup_cell", "exercises"}
     assert sorted(p.name for p in path.parent.iterdir()) == ["small.ipynb"]

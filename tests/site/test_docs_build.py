@@ -93,9 +93,10 @@ def test_every_notebook_is_a_page_with_its_files(site, pages):
         code = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
         assert script.count("\n# %%") - script.count("\n# %% [markdown]") == len(code)
         assert {f"{stem}.ipynb", f"{stem}.py.html"} <= set(page.links)
-        # Colab's and GitHub's addresses end in a path of the checkout.
+        # GitHub's, Colab's and Kaggle's addresses end in a path of the checkout.
         public = [url for url in page.links if "/example/maxkit/blob/main/" in url]
-        assert len(public) == 2
+        hosts = [urlsplit(url).netloc for url in public]
+        assert hosts == ["github.com", "colab.research.google.com", "kaggle.com"]
         for url in public:
             assert (ROOT / url.partition("/blob/main/")[2]).samefile(notebook), url
 

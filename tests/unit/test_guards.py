@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import pytest
 from PIL import Image, ImageDraw
 
+from maxkit.config import RECIPES
 from maxkit.nb import guards
 from maxkit.nb.guards.freshness import STAMP
 from maxkit.nb.guards.notebook import Notebook, read_notebook, read_tree
+from maxkit.nb.metadata import notebook_metadata
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE, TUTORIAL = "recipes/convert.ipynb", "notebooks/anatomy_of_a_checkpoint.ipynb"
@@ -118,6 +120,9 @@ MUTATIONS = [
     recipe("file_format", "no id", lambda n: n.cells[4].pop("id"), "'id' is a required property"),
     recipe("file_format", "widget state", lambda n: n.metadata.update(widgets={}), "left-over metadata: widgets"),
     recipe("file_format", "another kernel", lambda n: n.metadata.kernelspec.update(name="julia"), "'julia'"),
+    recipe("hosting", "no network in Kaggle", lambda n: n.metadata.kaggle.update(isInternetEnabled=False), "kaggle: {"),
+    recipe("hosting", "a GPU in Kaggle", lambda n: n.metadata.kaggle.update(isGpuEnabled=True), "bled': False"),
+    recipe("file_format", "a GPU in Colab", lambda n: n.metadata.update(accelerator="GPU"), "left-over metadata: acc"),
     recipe("file_format", "too large", lambda n: n.cells[0].update(source="# a\n" + "b " * 250_000), "bytes, more"),
     recipe("cell_order", "no parameters tag", lambda n: tagged(n, "parameters").metadata.pop("tags"), "0 cells"),
     recipe("cell_order", "another recipe is bound", lambda n: replace(code(n, "bind("), "convert", "sft"), "not cfg ="),
@@ -204,6 +209,9 @@ MUTATIONS = [
     recipe("links", "a dead anchor", text("See [this](../README.md#nowhere)."), "no heading makes #nowhere"),
     recipe("links", "a badge to another notebook", text(
         "[Colab](https://colab.research.google.com/github/a/b/blob/main/recipes/sft.ipynb)"), "the badge opens"),
+    recipe("links", "a Kaggle badge to another notebook", text(
+        "[Kaggle](https://kaggle.com/kernels/welcome?src=https://github.com/a/b/blob/main/recipes/sft.ipynb)"),
+        "the badge opens"),
     Mutation("links", "a dead link in a page", "", edit("README.md", "](docs/families.md)", "](docs/family.md)"),
              "docs/family.md, which does not exist"),
     Mutation("registry", "a recipe not listed", "", lambda r: (r / RECIPE).rename(r / "recipes/other.ipynb"),
@@ -265,6 +273,13 @@ def test_a_mutation_is_seen(tmp_path, capsys, mutation):
     assert found, f"{mutation.guard} does not say {mutation.says!r}: {new}"
     with capsys.disabled():
         print(f"\n{mutation.guard:<16} | {mutation.what:<28} | {found[0]}", end="")
+
+
+def test_what_takes_minutes_on_a_cpu_asks_for_a_gpu():
+    asking = {name for name, entry in RECIPES.items() if "accelerator" in notebook_metadata(entry)}
+    assert asking == {"sft", "pretrain", "grpo", "eval", "dpo", "distill"}
+    assert notebook_metadata(RECIPES["sft"])["colab"] == {"gpuType": "T4"}
+    assert "accelerator" not in notebook_metadata(None)
 
 
 def test_the_tree_is_clean():

@@ -16,6 +16,7 @@ from maxkit.nb.guards.notebook import Notebook, Problem, Tree, read_notebook, re
 # Of one notebook; the order is that of the list a reader gets.
 NOTEBOOK_GUARDS: tuple[Callable[[Notebook], Iterable[Problem]], ...] = (
     structure.file_format,
+    structure.hosting,
     structure.cell_order,
     structure.headings,
     structure.known_tags,

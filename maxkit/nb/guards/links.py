@@ -64,7 +64,7 @@ def links(tree: Tree) -> Iterator[Problem]:
                 if wrong := _wrong(tree.root, book.path, target):
                     yield book.problem(number, wrong, "correct the link")
                 hosted = HOSTED.search(target)
-                if hosted and "colab" in target and hosted[1] != book.name:
+                if hosted and ("colab" in target or "kaggle" in target) and hosted[1] != book.name:
                     yield book.problem(number, f"the badge opens {hosted[1]}", f"let it open {book.name}")
     for path in tree.documents:
         name = path.relative_to(tree.root).as_posix()

@@ -4,10 +4,11 @@
 import re
 from collections.abc import Iterator
 
+from maxkit.nb.guards.freshness import STAMP
 from maxkit.nb.guards.notebook import Notebook, Problem, images, shown_text, tags_of
+from maxkit.nb.metadata import notebook_metadata
 
 TAGS = frozenset({"parameters", "nbval-ignore-output", "hide-input", "hide-output", "hide-cell", "thumbnail"})
-METADATA = frozenset({"kernelspec", "language_info", "maxkit", "accelerator", "colab"})
 MAX_BYTES = 500_000  # larger ones are slow to open and to show in a review
 RUN_AGAIN = "run maxkit refresh"
 
@@ -21,10 +22,18 @@ def file_format(book: Notebook) -> Iterator[Problem]:
     kernel = book.node.metadata.get("kernelspec", {}).get("name")
     if kernel != "python3":
         yield book.problem(None, f"the kernel is {kernel!r}, not 'python3'", RUN_AGAIN)
-    if unknown := sorted(set(book.node.metadata) - METADATA):
-        yield book.problem(None, f"left-over metadata: {', '.join(unknown)}", RUN_AGAIN)
+    known = notebook_metadata(book.entry)
+    if unknown := sorted(set(book.node.metadata) - {*known, STAMP}):
+        yield book.problem(None, f"left-over metadata: {', '.join(unknown)}", f"{RUN_AGAIN} --text")
     if (size := book.path.stat().st_size) > MAX_BYTES:
         yield book.problem(None, f"{size:,} bytes, more than {MAX_BYTES:,}", "show fewer or simpler outputs")
+
+
+def hosting(book: Notebook) -> Iterator[Problem]:
+    """Colab and Kaggle are asked for the accelerator that the registry names, and Kaggle for a network."""
+    for name, value in notebook_metadata(book.entry).items():
+        if name in ("accelerator", "colab", "kaggle") and book.node.metadata.get(name) != value:
+            yield book.problem(None, f"its metadata do not say {name}: {value}", f"{RUN_AGAIN} --text")
 
 
 def cell_order(book: Notebook) -> Iterator[Problem]:
