@@ -17,7 +17,7 @@ def test_each_conversation_of_the_page_is_one(tmp_path):
     found = [to_messages(json.loads(line)) for line in CHAT.splitlines()]
     assert len(found) == 4
     assert [message["role"] for message in found[0]] == ["user", "assistant"]
-    assert found[2][0]["content"] == "In German, please.\n\ngood morning"
+    assert found[2][0]["content"] == "In German:\n\nthank you"
     assert all(messages[-1]["role"] == "assistant" for messages in found)
 
 
@@ -25,7 +25,7 @@ def test_the_pair_of_the_page_is_one(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(PAIRS)
     report = RowReport()
     (pair,) = pairs(str(tmp_path / "pairs.jsonl"), report)
-    assert (pair.chosen, pair.rejected, report.rejected) == ("Paris.", "Lyon, I think.", 0)
+    assert (pair.chosen, pair.rejected, report.rejected) == ("Paris.", "Lyon?", 0)
 
 
 def test_the_account_is_the_one_that_is_printed(tmp_path):
