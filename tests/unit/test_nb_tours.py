@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tutorials on the training step, the cache and LoRA count: against sums by hand and against XLA."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from maxkit.checkpoint.load import Loaded
 from maxkit.formats.presets import preset_config
 from maxkit.infer.engine import Engine
 from maxkit.models.definition import ModelDefinition
-from maxkit.nb import architecture, decoding_tour, packing_tour, step_tour
+from maxkit.models.lora import LoraConfig
+from maxkit.nb import architecture, decoding_tour, lora_tour, packing_tour, step_tour
 
 
 def is_good(figure) -> bool:
@@ -136,3 +139,79 @@ def test_compilations_are_counted_and_the_cache_changes_nothing(loaded) -> None:
     }
     assert [row["programs compiled"] for row in decoding_tour.compilations(engine, calls)] == [1, 0, 1]
     assert set(decoding_tour.cpu_milliseconds(loaded, [1, 2, 3], new=2)) == {"prefill", "decode"}
+
+
+# --- LoRA -------------------------------------------------------------------------------------
+
+
+def test_what_trains_and_what_it_takes() -> None:
+    adapters = 2 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 24)) * 4  # layers, (inputs + outputs) of each, rank
+    lora = LoraConfig(rank=4)
+    assert lora_tour.trained_weights(ModelDefinition(TINY, lora=lora)) == adapters
+    everything = ModelDefinition(TINY).num_params
+    sixteen = {"weights": 4 * everything, "gradients": 4 * everything, "moments": 8 * everything}
+    assert lora_tour.training_bytes(TINY, None) == sixteen
+    assert lora_tour.training_bytes(TINY, lora) == {"weights": 4 * (everything + adapters)} | {
+        "gradients": 4 * adapters,
+        "moments": 8 * adapters,
+    }
+    small = lora_tour.training_bytes(TINY, lora.model_copy(update={"base_weight_dtype": "int8"}))
+    assert small["weights"] < lora_tour.training_bytes(TINY, lora)["weights"]
+    assert is_good(lora_tour.training_figure({"LoRA": small}, title="Memory"))
+    assert "160 trained, 41.7% of W" in lora_tour.adapter_figure(16, 24, 4, title="Adapter").alt
+
+
+def test_a_layer_by_hand_and_its_dropout_in_the_mean() -> None:
+    lora = LoraConfig(rank=2, alpha=6)
+    layer, x = lora_tour.projection(8, lora), np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32)
+    w, a, b = (np.asarray(part[...]) for part in (layer.kernel, layer.lora_a, layer.lora_b))
+    assert np.allclose(layer(x), x @ w + 3 * x @ a @ b, atol=1e-5)
+    mean = lora_tour.mean_with_dropout(8, lora.model_copy(update={"dropout": 0.5}), x, draws=4000)
+    assert abs(mean - np.asarray(layer(x))[0]).mean() < 0.1 * abs(3 * x @ a @ b).mean()
+
+
+def test_ranks_of_gradients_and_the_size_of_a_step(loaded) -> None:
+    rows, columns = np.random.default_rng(0).normal(size=(2, 9, 3))
+    share = lora_tour.share_of_rank(rows @ columns.T)
+    assert share[1] < 1 and share[2] == pytest.approx(1) and share.shape == (9,)
+    values = np.linalg.svd(rows @ columns.T, compute_uv=False) ** 2
+    assert share[0] == pytest.approx(values[0] / values.sum())
+    ids = len(loaded.tokenizer.encode("one two"))
+    found = lora_tour.gradients(loaded, "one two", ["attention/out", "mlp/down"], layer=1)
+    assert found["attention/out"].shape == (16, 16) and found["mlp/down"].shape == (24, 16)
+    assert lora_tour.share_of_rank(found["mlp/down"])[ids - 1] == pytest.approx(1)
+    # Adam's first step: every number of B by the learning rate, so its size is known before.
+    gradient = np.eye(4)
+    a = np.random.default_rng(2).normal(size=(4, 2)) / 2
+    expected = np.linalg.norm(3 * a @ (0.1 * np.sign(3 * a.T)))
+    assert lora_tour.first_change(gradient, 2, 3.0, learning_rate=0.1) == pytest.approx(expected)
+    assert "rank 3: line 100%" in lora_tour.rank_figure({"line": share}, marks=[3], title="Rank").alt
+    assert "line 2.00" in lora_tour.change_figure({"line": [1.0, 2.0]}, [1, 2], title="Change").alt
+
+
+def test_a_sentence_is_learned_and_the_base_stays(loaded, tmp_path) -> None:
+    fresh = lora_tour.with_adapters(loaded, LoraConfig(rank=4))
+    assert np.array_equal(lora_tour.logits(fresh, "one two three"), lora_tour.logits(loaded, "one two three"))
+    taught = lora_tour.teach(fresh, "one two three", 10, 0.05)
+    assert taught.losses[-1] < 0.7 * taught.losses[0]
+    trained = lora_tour.trained_weights(fresh.definition)
+    assert taught.optimizer_bytes == 2 * 4 * trained + 4
+    base, after = loaded.definition.flat(loaded.params), fresh.definition.flat(taught.loaded.params)
+    assert all(np.array_equal(base[name], after[name]) for name in base)
+    assert lora_tour.next_text(taught.loaded, "one", 1) is not None
+    Path(tmp_path / "a").write_bytes(b"12345")
+    assert lora_tour.folder_bytes(tmp_path) == 5
+
+
+def test_weights_in_few_bits(loaded) -> None:
+    kernel = np.random.default_rng(0).normal(size=(128, 8)).astype(np.float32)
+    apart = {k: abs(lora_tour.rounded(kernel, k, -2) - kernel).max() for k in ("int8", "nf4", "16 even steps")}
+    largest = abs(kernel.reshape(2, 64, 8)).max()
+    assert apart["int8"] <= largest / 127.5 and apart["16 even steps"] <= 0.51 * largest / 7.5
+    assert apart["int8"] < apart["nf4"]
+    values = lora_tour.relative_to_tile(kernel, -2)
+    assert values.shape == (1024,) and abs(values).max() == 1 and (abs(values) == 1).sum() == 16
+    assert is_good(lora_tour.codes_figure(values, title="Codes"))
+    rounded, error = lora_tour.stored_as(loaded, "int8")
+    losses = lora_tour.text_losses({"float32": loaded, "int8": rounded}, "one two three")
+    assert 0 < error < 0.02 and losses["int8"] == pytest.approx(losses["float32"], abs=0.05)
