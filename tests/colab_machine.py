@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = Path(__file__).with_name("fixtures") / "colab_packages.txt"
 PYTHON = "3.12"
 PIP = "24.1.2"  # Colab's
-LIST = "import json; from importlib import metadata as m; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+LIST = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
 
 
 def find_python() -> Path | None:
@@ -48,12 +48,12 @@ class Machine:
         if not self.python.exists():
             subprocess.run([python, "-m", "venv", folder / "env"], check=True)
             self.pip("install", f"pip=={PIP}")
-            self.pip("install", "--requirement", str(PACKAGES))
+            self.pip("install", "--no-deps", "--requirement", str(PACKAGES))  # the list is whole
 
     def pip(self, *arguments: str) -> None:
-        """Run pip, without a cache beside the environment."""
+        """Run pip, without a cache beside the environment; what is imported is compiled then."""
         command = [str(self.python), "-m", "pip", "--quiet", "--no-cache-dir", "--disable-pip-version-check"]
-        subprocess.run([*command, *arguments], check=True)
+        subprocess.run([*command, *arguments], check=True, env=os.environ | {"PIP_NO_COMPILE": "1"})
 
     def versions(self) -> dict[str, str]:
         """{distribution: version} of what is installed, seen by a new process."""
@@ -76,9 +76,12 @@ class Machine:
         argv = [str(self.python), "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         manager = KernelManager(kernel_name="python3")
         manager._kernel_spec = KernelSpec(argv=argv, language="python")
-        shown = {name: value for name, value in os.environ.items() if not name.startswith(("MAXKIT_", "PYTHON", "XLA_"))}
+        shown = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MAXKIT_", "PYTHON", "XLA_"))
+        }
         client = NotebookClient(nbformat.v4.new_notebook(), km=manager, timeout=1800)
-        with client.setup_kernel(cwd=str(self.folder), env=shown | {"JAX_PLATFORMS": "cpu"} | environment):
+        environment = shown | {"JAX_PLATFORMS": "cpu"} | environment
+        with client.setup_kernel(cwd=str(self.folder), env=environment, cleanup_kc=True):
             yield Kernel(client)
 
 
