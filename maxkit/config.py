@@ -203,7 +203,7 @@ class Grpo(LoraFields, DecoderSizes, RlConfig, RecipeConfig):
     embed_dim: int = Field(64, ge=2, description=DecoderSizes.model_fields["embed_dim"].description)
     mlp_dim: int = Field(192, ge=1, description=DecoderSizes.model_fields["mlp_dim"].description)
     imitation_steps: int = Field(
-        50, ge=0, description="Supervised updates of a model that is built here, before the first rollout; 0: none."
+        200, ge=0, description="Supervised updates of a model that is built here, before the first rollout; 0: none."
     )
     imitation_error: int = Field(
         4, ge=0, description="The answers that it imitates are off by up to so much, so that few of them are right."
