@@ -23,7 +23,7 @@ RUN_LINES = ("-", (0, (4, 1.6)), (0, (1, 1.3)))
 PHASES = {"setup": "#9aa0a6", "compile": "#5f6368", "train": "#0072b2", "the rest": "#c4c7cc"}
 SMOOTHED_FROM = 60  # points
 FEW = 3  # runs whose single updates are drawn behind the means
-WIDE, PANEL = 7.2, 4.5  # inches
+WIDE, PANEL = 7.2, 4.2  # inches
 
 
 class Series(NamedTuple):
@@ -90,7 +90,7 @@ def runs_figure(title: str, panels: Sequence[Panel], alt: str) -> Figure:
 
 def panel_figure(panel: Panel, alt: str) -> Figure:
     """One panel as a figure of its own, for a page that lays them out itself and has its own headings and legend."""
-    height = 2.8 if isinstance(panel, Curves) else _bars_height(len(panel.parts))
+    height = 2.65 if isinstance(panel, Curves) else _bars_height(len(panel.parts))
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(PANEL, height), layout="constrained", facecolor="white")
         _draw(canvas.subplots(), panel, named=True, titled=False)

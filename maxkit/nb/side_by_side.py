@@ -34,8 +34,8 @@ def as_html(columns: Sequence[str], sections: Sequence[Section], *, heads: Seque
     pad = "padding:0.22em 0.8em;vertical-align:top;background:none;color:inherit;font-weight:400"
     heads = heads or [escape(name) for name in columns]
     top = f'<td style="{pad};border-bottom:{LINE}"></td>' + "".join(
-        f'<th scope="col" style="{pad};text-align:right;border-bottom:{LINE};font-weight:600">{head}</th>'
-        for head in heads
+        f'<th scope="col" style="{pad};text-align:right;border-bottom:{LINE};font-weight:600{_whole(name)}">{head}</th>'
+        for name, head in zip(columns, heads, strict=True)
     )
     body = ""
     for section in (section for section in sections if section.rows):
@@ -47,7 +47,7 @@ def as_html(columns: Sequence[str], sections: Sequence[Section], *, heads: Seque
         for i, row in enumerate(section.rows):
             cells = "".join(
                 f'<td style="{pad};text-align:right;font-variant-numeric:tabular-nums'
-                f'{";white-space:nowrap" if len(cell) <= SHORT else ""}{";font-weight:700" if row.best == j else ""}">'
+                f'{_whole(cell)}{";font-weight:700" if row.best == j else ""}">'
                 f"{_marked(cell)}</td>"
                 for j, cell in enumerate(row.cells)
             )
@@ -98,6 +98,10 @@ def _block(
         lines += [section.title] * bool(rows)
         lines += [line(GAP + row.label, row.cells) for row in rows]
     return "\n".join(lines)
+
+
+def _whole(text: str) -> str:
+    return ";white-space:nowrap" if len(text) <= SHORT else ""
 
 
 def _marked(cell: str) -> str:
