@@ -98,7 +98,8 @@ def shapes_table(listed: Sequence[Product], *, title: str) -> Card:
 
     def row(what: str, letters: str, shape: Sequence[int], layers: int | None, flops: int) -> dict[str, Any]:
         shown = "×".join(map(str, shape)) or "one number"
-        return {"what": what, "einsum": letters, "result": shown, "layers": layers, "MFLOPs": f"{flops / 1e6:,.1f}"}
+        written = letters.replace("->", "→")  # one sign: a hyphen would break in a narrow column
+        return {"what": what, "einsum": written, "result": shown, "layers": layers, "MFLOPs": round(flops / 1e6, 1)}
 
     stream = next(p.shape for p in listed if p.einsum.endswith("->BTD"))
     shown = [row("tokens", "BT", (rows, length), None, 0), row("embedding (looked up)", "BT->BTD", stream, None, 0)]

@@ -38,7 +38,7 @@ def test_products_take_two_flops_for_every_combination_of_indices() -> None:
     without = by_part["output head"] + listed["down"].flops
     assert step_tour.recomputed(list(listed.values()), "full") == sum(by_part.values()) - without
     shown = repr(step_tour.shapes_table(list(listed.values()), title="Shapes"))
-    assert "BTD,DKH->BTKH    4×16×2×4" in shown and "one number" in shown
+    assert "BTD,DKH→BTKH    4×16×2×4" in shown and "one number" in shown
     assert is_good(step_tour.flops_figure({"tiny": list(listed.values())}, title="FLOPs"))
 
 
