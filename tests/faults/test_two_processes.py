@@ -2,8 +2,11 @@
 """Two processes on localhost, 2 simulated devices each, against one process with 4: the same run."""
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 from killed_runs import logged, wait_for
@@ -21,6 +24,14 @@ class Cluster:
         self.folder, self.dataset, self.number = folder, write_corpus(folder / "corpus.txt"), 0
         self.cache = compile_cache(folder / "programs")
 
+    @staticmethod
+    def address(processes):
+        """Where the processes of one run find each other."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        return {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+
     def start(self, name, processes, **settings):
         self.number += 1
         logs = [self.folder / f"{name}-{self.number}-{rank}.log" for rank in range(processes)]
@@ -33,10 +44,7 @@ class Cluster:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
         }
         if processes > 1:
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                address = f"localhost:{free.getsockname()[1]}"
-            environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+            environment |= self.address(processes)
         return [
             (spawn(self.folder / name, self.dataset, log, *given, **environment, JAX_PROCESS_ID=str(rank)), log)
             if processes > 1
@@ -137,6 +145,34 @@ def test_a_mesh_axis_across_processes(cluster, one, mesh):
     """tensor:4 spans both processes, so both read the same rows; fsdp:2,tensor:2 gives each its own."""
     run_dir = cluster.run(mesh.replace(":", ""), 2, mesh=mesh)
     assert losses(run_dir) == pytest.approx(losses(one), rel=RTOL)
+
+
+def test_two_hosts_run_the_same_line(cluster):
+    """`maxkit run` with its kernel on both, as docs/tpu.md has it: one run folder, a notebook for each."""
+    run_dir, logs = cluster.folder / "line", [cluster.folder / f"line-{rank}.log" for rank in range(2)]
+    given = {"run_dir": run_dir, "dataset": cluster.dataset, "steps": 2, "batch_size": 4, "seq_len": 64}
+    given |= {"vocab_size": 258, "num_layers": 1, "embed_dim": 16, "mlp_dim": 24, "num_heads": 2, "num_kv_heads": 1}
+    parameters = [word for name, value in given.items() for word in ("-p", f"{name}={value}")]
+    environment = {**os.environ, **cluster.cache, "NPROC": "16", **cluster.address(2)}
+    started = []
+    for rank, log in enumerate(logs):
+        line = [
+            sys.executable,
+            "-m",
+            "maxkit.cli",
+            "run",
+            "pretrain",
+            *parameters,
+            "-o",
+            run_dir / f"host-{rank}.ipynb",
+        ]
+        with log.open("w") as file:
+            mine = environment | {"JAX_PROCESS_ID": str(rank)}
+            started.append((subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, env=mine), log))
+    cluster.finish(started)
+    assert all("2 updates now, 2 in all" in log.read_text() for log in logs)
+    assert sorted(path.name for path in run_dir.glob("*.ipynb")) == ["host-0.ipynb", "host-1.ipynb"]
+    assert json.loads((run_dir / "report.json").read_text())["environment"]["processes"] == 2
 
 
 def test_incomplete_variables_are_one_line(cluster):
