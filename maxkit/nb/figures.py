@@ -71,7 +71,7 @@ def loss_figure(
     """
     points = [(float(row["step"]), float(row[y])) for row in history if "step" in row and y in row]
     if not points:
-        raise UserError(f"loss_figure: no row of the history has both 'step' and {y!r}")
+        raise UserError(f"loss_figure: nothing to draw, no row has both 'step' and {y!r}: train at least 1 update")
     with matplotlib.rc_context(STYLE):
         canvas, axes = _card(title, "updates", ylabel)
         steps = [step for step, _ in points]
