@@ -56,8 +56,10 @@ def collectives(text: str) -> list[Collective]:
     computations, entry = _computations(text)
     runs = _runs(computations, entry)
     found: dict[tuple[str, str, str], int] = {}  # (opcode, where it loops, channel) to bytes
+    under_way: dict[tuple[str, str, str], int] = {}  # the same of steps fused into other work
     homes = _homes(computations, entry)
     for name, lines in computations.items():
+        seen = under_way if name.startswith("async_collective_fusion") else found
         for line in lines:
             match = _COLLECTIVE.match(line)
             if match is None or name not in homes:
@@ -65,7 +67,10 @@ def collectives(text: str) -> list[Collective]:
             channel = re.search(r"channel_id=(\d+)", line)
             opcode = "reduce-scatter" if name.startswith("all-reduce-scatter") else match[3]
             key = (opcode, homes[name], channel[1] if channel else match[1])
-            found[key] = max(found.get(key, 0), _bytes(match[2], started=f"{match[3]}-start(" in line))
+            seen[key] = max(seen.get(key, 0), _bytes(match[2], started=f"{match[3]}-start(" in line))
+    # What begins and ends outside a loop may be under way in its body: it does not run again in every turn.
+    begun = {(opcode, channel) for opcode, _, channel in found}
+    found |= {key: size for key, size in under_way.items() if (key[0], key[2]) not in begun}
     kinds = []
     for opcode in OPCODES:
         mine = {key: size for key, size in found.items() if key[0] == opcode}

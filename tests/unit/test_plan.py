@@ -93,6 +93,45 @@ ENTRY %main (p: f32[]) -> f32[] {
     assert (all_gather.ops, all_gather.runs, all_gather.bytes) == (1, 1, 16)
 
 
+def test_a_gather_under_way_in_a_loop_runs_once():
+    """Begun and done outside, steps of it fused into the loop's work; channel 3 begins in the body, in every turn."""
+    text = """
+%fused_computation.1 (p: bf16[4]) -> bf16[16] {
+  %ag.1 = bf16[16]{0} all-gather(%p), channel_id=2, dimensions={0}
+}
+
+%async_collective_fusion.1 (p: bf16[4]) -> bf16[16] {
+  %ag.2 = bf16[16]{0} all-gather(%p), channel_id=2, dimensions={0}
+}
+
+%fused_computation.2 (p: bf16[2]) -> bf16[8] {
+  %ag.3 = bf16[8]{0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%async_collective_fusion.2 (p: bf16[2]) -> bf16[8] {
+  %ag.4 = bf16[8]{0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%cond (p: (s32[])) -> pred[] {
+  %limit = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %s.1 = bf16[16] fusion(%a), kind=kOutput, calls=%async_collective_fusion.1
+  %b.1 = bf16[8] fusion(%b), kind=kLoop, calls=%fused_computation.2
+  %s.2 = bf16[8] fusion(%b), kind=kOutput, calls=%async_collective_fusion.2
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %f.1 = bf16[16] fusion(%a), kind=kLoop, calls=%fused_computation.1
+  %w.1 = (s32[]) while(%t), condition=%cond, body=%body
+}
+"""
+    (gather,) = hlo.collectives(text)
+    assert (gather.ops, gather.runs, gather.bytes) == (2, 1 + 5, 2 * 16 + 5 * 2 * 8)
+
+
 @pytest.mark.parametrize(
     ("message", "sizes"),
     [
