@@ -42,7 +42,7 @@ def test_products_take_two_flops_for_every_combination_of_indices() -> None:
     assert is_good(step_tour.flops_figure({"tiny": list(listed.values())}, title="FLOPs"))
 
 
-@pytest.mark.parametrize("remat_policy", step_tour.POLICIES)
+@pytest.mark.parametrize("remat_policy", ["none", "full"])
 def test_what_is_counted_is_what_xla_counts_but_for_the_small_operations(remat_policy) -> None:
     # Wide enough that norms, softmax and activations are small beside the products.
     config = tiny(embed_dim=128, mlp_dim=320, head_dim=32, vocab_size=200)
@@ -138,7 +138,6 @@ def test_compilations_are_counted_and_the_cache_changes_nothing(loaded) -> None:
         "longer": first | {"prompts": [[1] * 20]},
     }
     assert [row["programs compiled"] for row in decoding_tour.compilations(engine, calls)] == [1, 0, 1]
-    assert set(decoding_tour.cpu_milliseconds(loaded, [1, 2, 3], new=2)) == {"prefill", "decode"}
 
 
 # --- LoRA -------------------------------------------------------------------------------------
@@ -198,7 +197,6 @@ def test_a_sentence_is_learned_and_the_base_stays(loaded, tmp_path) -> None:
     assert taught.optimizer_bytes == 2 * 4 * trained + 4
     base, after = loaded.definition.flat(loaded.params), fresh.definition.flat(taught.loaded.params)
     assert all(np.array_equal(base[name], after[name]) for name in base)
-    assert lora_tour.next_text(taught.loaded, "one", 1) is not None
     Path(tmp_path / "a").write_bytes(b"12345")
     assert lora_tour.folder_bytes(tmp_path) == 5
 
