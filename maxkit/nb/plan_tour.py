@@ -136,7 +136,7 @@ def floors(plan: Any) -> dict[str, float]:
 
     compute: the FLOPs of the model, at the dense bfloat16 peak. memory: every argument is read and every output written
     once. links: what a device must receive, of a collective over n devices (n - 1) / n of the array, for an all-reduce
-    twice that; n is the smallest axis of the mesh, so that it stays a bound where axes are mixed.
+    twice that, of a permutation all; n is the smallest axis of the mesh, so that it stays a bound where axes are mixed.
 
     Raises:
         KeyError: no rates are known for the chip.
@@ -144,7 +144,8 @@ def floors(plan: Any) -> dict[str, float]:
     rates = RATES[plan.device_kind]
     group = min((size for size in mesh_sizes(plan).values() if size > 1), default=1)
     share = (group - 1) / group
-    received = sum(share * kind.bytes * (2 if kind.opcode == "all-reduce" else 1) for kind in plan.collectives)
+    shares = {"all-reduce": 2 * share, "collective-permute": 1}
+    received = sum(shares.get(kind.opcode, share) * kind.bytes for kind in plan.collectives)
     return {
         "compute": plan.flops_per_step / plan.num_devices / rates.flops,
         "memory": (plan.memory.arguments + plan.memory.output) / rates.hbm,

@@ -32,12 +32,9 @@ EXAMPLES = {
     "bfloat16": Example("v5e:1x1", {"dtype": "bfloat16"}),
     "accumulate": Example("v5e:1x1", {"gradient_accumulation_steps": 8}),
     "recompute and bfloat16": Example("v5e:1x1", _LEAN),
-    "adapters": Example("v5e:1x1", _LEAN | {"lora_rank": 8}),
     "fsdp": Example("v5e:2x2", _LEAN),
     "data": Example("v5e:2x2", _LEAN | {"mesh": "data:4"}),
     "tensor": Example("v5e:2x2", _LEAN | {"mesh": "tensor:4"}),
-    "fsdp and tensor": Example("v5e:2x2", _LEAN | {"mesh": "fsdp:2,tensor:2"}),
-    "large batch": Example("v5e:2x2", _LEAN | {"batch_size": 128}),
 }
 
 
