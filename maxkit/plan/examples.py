@@ -28,6 +28,7 @@ EXAMPLES = {
     "one chip": Example("v5e:1x1", {}),
     "four chips": Example("v5e:2x2", {}),
     "eight chips": Example("v5e:2x4", {}),
+    "one tile": Example("v5e:2x2", {"num_vocab_tiling": 1}),
     "recompute": Example("v5e:1x1", {"remat_policy": "full"}),
     "bfloat16": Example("v5e:1x1", {"dtype": "bfloat16"}),
     "accumulate": Example("v5e:1x1", {"gradient_accumulation_steps": 8}),
