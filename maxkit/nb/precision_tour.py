@@ -71,7 +71,7 @@ def numbers_figure(ranges: Sequence[tuple[float, float]], *, title: str) -> Figu
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(7.2, 4.1), layout="constrained", facecolor="white")
         canvas.suptitle(title, x=0.012, ha="left", fontweight="bold", fontsize=12)
-        rows = canvas.subfigures(2, 1, height_ratios=(1, 1.15))
+        rows: Any = canvas.subfigures(2, 1, height_ratios=(1, 1.15))
         top: Axes = rows[0].subplots()
         for y, kind in enumerate(KINDS):
             place = 0
@@ -186,8 +186,8 @@ def _attention(draw: np.random.Generator) -> tuple[float, float]:
         weights = weights / running_sum(weights, kind)
         return running_sum((weights[:, None] * value.astype(kind)).T, kind)
 
-    rows = (jnp.asarray(x).reshape(1, -1, 1, dim) for x in (query, key, value))
-    ours = reference_attention(*rows, jnp.ones((1, 1, keys), bool), scale=dim**-0.5)
+    q, k, v = (jnp.asarray(x).reshape(1, -1, 1, dim) for x in (query, key, value))
+    ours = reference_attention(q, k, v, jnp.ones((1, 1, keys), bool), scale=dim**-0.5)
     exact = attended(np.float64)
     return _apart(attended(BF16), exact), _apart(ours[0, 0, 0], exact)
 
@@ -363,7 +363,8 @@ def operations(config: ModelConfig, batch: Batch, dtype: str) -> list[dict[str, 
     definition = ModelDefinition(config, Execution(dtype=dtype))  # type: ignore[arg-type]
     optimizer = make_optimizer(OptimizerConfig(), 1, definition.letters)
     params = definition.shapes
-    scalar, key = jax.ShapeDtypeStruct((), "int32"), jax.eval_shape(lambda: jax.random.key(0))
+    scalar: Any = jax.ShapeDtypeStruct((), "int32")
+    key = jax.eval_shape(lambda: jax.random.key(0))
     state = TrainState(scalar, params, {}, jax.eval_shape(optimizer.init, params), key)
     step = compile_train_step(definition, NextToken(num_tiles=1), optimizer)
     text = step.lower(state, batch, None).as_text()

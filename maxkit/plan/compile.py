@@ -49,7 +49,7 @@ def compile_plan(cfg: RecipeConfig, topology_name: str) -> Plan:
         teacher=device_bytes(teacher),
         **(_compilers_own(compiled) if compiled else {}),
     )
-    required, available = _need(compiled, refusal, devices[0])
+    required, available = _need(memory, refusal, devices[0])
     found = hlo.collectives(compiled.as_text()) if compiled else ()
     flops, least_seconds = _work(made, cfg, mesh)
     return Plan(
@@ -110,11 +110,11 @@ def _compilers_own(compiled: Any) -> dict[str, int]:
     }
 
 
-def _need(compiled: Any, refusal: str | None, device: jax.Device) -> tuple[int | None, int | None]:
+def _need(memory: Memory, refusal: str | None, device: jax.Device) -> tuple[int | None, int | None]:
     """(required, available) bytes of HBM per device."""
-    if compiled is None:
-        return hlo.out_of_memory(refusal or "") or (None, None)
-    return compiled.memory_analysis().peak_memory_in_bytes, topology.hbm_bytes(device)
+    if refusal is not None:
+        return hlo.out_of_memory(refusal) or (None, None)
+    return memory.needed, topology.hbm_bytes(device)
 
 
 def _work(made: build.Blueprint, cfg: RecipeConfig, mesh: Mesh) -> tuple[float, float | None]:

@@ -19,8 +19,9 @@ class Memory:
 
     arguments = params + optimizer + batch + teacher (one that runs in every update) and some scalars; aliased is the
     part of the output that reuses arguments (the state is donated). temporaries is the sum of places that the compiler
-    set aside, peak what is in use at the fullest moment, arguments included: places are shared, also with arguments
-    that are not needed any more, so it can be less than the sum, and programs whose sum exceeds the HBM do compile.
+    set aside, peak what is in use at the fullest moment, arguments included. Places are shared, also with arguments
+    that are not needed any more, so peak can be less than the sum, and programs whose sum exceeds the HBM do compile.
+    But peak also counts the chip's fast memory beside the HBM (VMEM), so of a small program it is more than the sum.
     """
 
     params: int
@@ -34,13 +35,18 @@ class Memory:
     teacher: int = 0
     peak: int | None = None
 
+    @property
+    def needed(self) -> int:
+        """What a compiled step needs of the HBM at most: the smaller of peak and the sum."""
+        return min(self.peak, self.arguments + self.temporaries + self.output - self.aliased + self.code)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The verdict of the TPU compiler on one training step.
 
-    required_bytes, available_bytes: HBM per device at the fullest moment (`Memory.peak`); where it does not fit, out of
-        the compiler's refusal.
+    required_bytes, available_bytes: HBM per device (`Memory.needed`); where it does not fit, out of the compiler's
+        refusal.
     flops_per_step: over all devices, counted from the architecture, see `FLOPS_FORMULA`.
     least_seconds_per_step: flops_per_step at the published dense bfloat16 peak: a bound, no prediction.
         None where no peak is known.
@@ -123,7 +129,7 @@ class Plan:
             ("temporaries", m.temporaries, ""),
             ("output", m.output, reused),
             ("code", m.code, ""),
-            ("fullest moment", m.peak, "places are shared, so it can be less than the sum"),
+            ("fullest moment", m.peak, "of HBM and fast memory together; places are shared"),
         ]
         shown = [(name, size, note) for name, size, note in rows if size is not None]
         return [f"HBM per device {unit:>15}"] + [

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans without the TPU compiler: its texts come from files, its process is replaced."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -308,6 +309,12 @@ def test_a_teacher_has_a_line_of_its_own_and_older_records_have_none():
     record = example().to_dict()
     del record["memory"]["teacher"]
     assert Plan.from_dict(record) == example() and "  teacher " not in "\n".join(example().lines())
+
+
+def test_what_is_needed_is_the_smaller_of_two_bounds():
+    memory = Memory(1, 2, 3, arguments=10, temporaries=20, output=9, aliased=8, code=1, peak=25)
+    assert memory.needed == 25
+    assert dataclasses.replace(memory, peak=200).needed == 10 + 20 + 9 - 8 + 1
 
 
 def test_the_text_of_what_does_not_fit():
