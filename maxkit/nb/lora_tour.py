@@ -331,7 +331,7 @@ def training_figure(rows: Mapping[str, Mapping[str, int]], *, title: str) -> Fig
 def codes_figure(values: np.ndarray, *, title: str) -> Figure:
     """Weights as fractions of the largest of their tile, and where 4 bits can stand: evenly, and as nf4."""
     even = np.arange(-8, 8) / 7.5
-    levels = {"16 even steps": (even, VERMILLION), "nf4": (quantized.CODES, BLUE)}
+    levels: dict[str, tuple[np.ndarray, str]] = {"16 even steps": (even, VERMILLION), "nf4": (quantized.CODES, BLUE)}
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(7.2, 3.7), layout="constrained", facecolor="white")
         canvas.suptitle(title, x=0.012, ha="left", fontweight="bold", fontsize=12)
