@@ -89,6 +89,8 @@ def chips(entry: Entry) -> list[tuple[str, str]]:
     for record in entry.records:
         found += [("time", seconds(record["seconds"]["total"])), ("hardware", hardware(record))]
         found += [("memory", memory(record))] if memory(record) else []
+    if not found and "seconds" in (run := read(entry.notebook)["metadata"].get("maxkit", {})):
+        return [("time", seconds(run["seconds"])), ("hardware", f"{run['cpus']} CPU cores")]
     if not found:
         return [("time", f"time {NOT_MEASURED}")]
     return [*found, ("cost", cost(entry.records))]

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,13 @@ def refresh(notebook: str | Path, text_only: bool = False) -> dict[str, Any] | N
         _write(book, path)
         return None
     with tempfile.TemporaryDirectory(prefix="maxkit-refresh-") as folder:
+        start = time.perf_counter()
         _execute(book, path, folder)
+        took = {"seconds": round(time.perf_counter() - start, 1), "cpus": os.cpu_count()}
         reports = Path(folder).glob(f"runs/{recipe}*/{REPORT}") if recipe is not None else ()
         record = next((json.loads(report.read_text(encoding="utf-8")) for report in reports), None)
-    book.metadata = metadata | {STAMP: stamp(book, record)}
+    # A recipe's record says more; of a tutorial this is all that is known.
+    book.metadata = metadata | {STAMP: stamp(book, record) | (took if record is None else {})}
     if record is not None:
         write_json(path.parent / "results" / f"{path.stem}-{record['environment']['platform']}.json", record)
     _write(book, path)

@@ -2,6 +2,7 @@
 """`maxkit refresh`: one clean run, stamped; a failed one leaves everything as it was."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def test_a_notebook_becomes_one_clean_stamped_run(tmp_path, capsys):
     assert book.cells[1].source == 'print("a")\nprint(x * 2)'
     assert [output.text for output in book.cells[1].outputs] == ["a\n6\n"]
     assert set(book.metadata) == {"kaggle", "kernelspec", "language_info", "maxkit"}
+    assert 0 < book.metadata["maxkit"]["seconds"] < 600 and book.metadata["maxkit"]["cpus"] == os.cpu_count()
     # What a renewal cannot mend remains: this is no tutorial yet.
     assert found(path) == {"cell_order", "headings", "setup_cell", "exercises"}
     assert sorted(p.name for p in path.parent.iterdir()) == ["small.ipynb"]
