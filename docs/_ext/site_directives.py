@@ -86,8 +86,8 @@ class FirstRun(SphinxDirective):
         before, after = record["metrics"]["held_out/before"], record["metrics"]["held_out/after"]
         text = (
             f"This fine-tunes SmolLM2-135M-Instruct on real conversations. On {hardware(record)} it took "
-            f"{seconds(record['seconds']['total'])}, and the loss on conversations it had never seen fell from "
-            f"{before:.2f} to {after:.2f} nats per token. It needs Python 3.11 and make: no GPU, no account."
+            f"{seconds(record['seconds']['total'])}, and the loss on held-out conversations fell from "
+            f"{before:.2f} to {after:.2f} nats per token. It needs Python 3.11 or newer and make: no GPU, no account."
         )
         return [nodes.paragraph(text, text)]
 

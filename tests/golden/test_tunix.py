@@ -211,6 +211,24 @@ def test_two_grpo_steps_of_a_moe_with_dropout(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, back.params)
 
 
+def test_two_steps_of_the_dapo_learner():
+    """On the cluster of a `GrpoRun`; Tunix asks it for a reference, though DAPO uses none: `beta` gives it one."""
+    from tunix.rl.grpo.dapo_learner import DAPOConfig, DAPOLearner
+
+    interop, loaded = maxkit.interop.tunix, make_loaded("dense")
+    loaded.tokenizer.chat_template = None
+    cfg = RlConfig(
+        dataset="arithmetic:+", batch_size=8, num_generations=4, seq_len=16, max_new_tokens=4, rewards=REWARD, beta=0.1
+    )
+    run = interop.GrpoRun(loaded, cfg, optimizer=optax.adam(1e-2), steps=2)
+    settings = DAPOConfig(num_generations=cfg.num_generations, overlong_buffer={"enable": False})
+    learner = DAPOLearner(run.cluster, settings, interop.reward_functions(parse_rewards(cfg.rewards)))
+    prompts = load_prompts(cfg.dataset, TOKENIZER, max_prompt_length=cfg.prompt_limit, seed=0)
+    learner.train(interop.prompt_rows(prompts.train, run.tokenizer, 2)[:2])
+    assert run.cluster.actor_trainer.train_steps == 2
+    assert not np.array_equal(*(_trained_leaf(x) for x in (run.trained, loaded)))
+
+
 REWARD = r"format([\x00-\x7f].*)"  # about half of what a model of random weights writes
 
 
