@@ -5,6 +5,7 @@ Each command imports what it needs when it runs: `list` and `inspect` answer wit
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -145,10 +146,36 @@ def inspect_checkpoint(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=2, default=str))
         return 0
+    metadata, groups = found.pop("metadata"), found.pop("groups")
     for name, value in found.items():
-        shown = json.dumps(value, default=str) if isinstance(value, (dict, list, tuple)) else value
-        print(f"{name:<12} {f'{value:,}' if type(value) is int else shown}")
+        print(f"{name:<12} {_shown(value)}")
+    for number, group in enumerate(groups):
+        axis = "" if group["layer_axis"] is None else f", stacked along axis {group['layer_axis']}"
+        length = group["pattern_length"]
+        size = f"{group['repeats']} blocks" if length == 1 else f"{group['repeats']} times {length} blocks"
+        print(f"{'' if number else 'groups':<12} {group['name']}: {size}{axis}")
+        for block, same in itertools.groupby(group.get("pattern", [])):
+            print(f"{'':<12}   {len([*same])} x {block}")
+    print("metadata")
+    for name, value in metadata.items():
+        nested = isinstance(value, dict) and len(value) > 1
+        print(f"  {name}:" + ("" if nested else f" {_shown(value, 80)}"))
+        for key, inner in [*value.items()][:12] if nested else ():
+            print(f"    {key}: {_shown(inner, 80)}")
+        if nested and len(value) > 12:
+            print(f"    ... ({len(value) - 12} more: --json)")
     return 0
+
+
+def _shown(value: Any, width: int = 10**6) -> str:
+    """A value for reading, cut at `width` characters."""
+    if isinstance(value, dict):
+        text = ", ".join(f"{name}: {_shown(x)}" for name, x in value.items())
+    elif isinstance(value, (list, tuple)):
+        text = ", ".join(map(_shown, value))
+    else:
+        text = f"{value:,}" if type(value) is int else str(value)
+    return text if len(text) <= width else f"{text[:width].rstrip()} ... (all of it: --json)"
 
 
 def convert_checkpoint(arguments: argparse.Namespace) -> int:

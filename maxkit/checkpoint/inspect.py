@@ -9,6 +9,7 @@ leaves out shapes and dtypes TensorStore reads the arrays' headers. Next to read
 
 import collections
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from maxkit.formats.paxml_tree import find_paxml, paxml_arrays, paxml_step
 STEP_METADATA, ITEM_METADATA = "_CHECKPOINT_METADATA", "_METADATA"
 # Where a step's arrays are: maxkit, MaxText, its emergency manager or Tunix, in the order of preference.
 _ITEMS = ("state", "items", "model_params", "default")
+_CLIENTS = {"gs": "gcsfs", "s3": "s3fs"}  # what etils reaches an object store with, where TensorFlow is not installed
 _DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -58,9 +60,12 @@ def find(path: str | os.PathLike) -> CheckpointLocation:
     A run directory means its newest step. Paths with a scheme (`gs://...`) go through `etils.epath`.
 
     Raises:
-        UserError: nothing is there, or nothing that is known.
+        UserError: nothing is there, or nothing that is known; an object store whose client is not installed.
     """
     place = as_path(path)
+    client = _CLIENTS.get(os.fspath(path).partition("://")[0])
+    if client and not any(map(importlib.util.find_spec, (client, "tensorflow"))):
+        raise UserError(f"{path}: reading it needs the package {client}: pip install {client}")
     if not place.exists():
         raise UserError(f"{path}: no such file or directory")
     if place.is_file():
@@ -97,7 +102,8 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
     weights), groups, dtypes ({dtype: number of weight tensors}), step, optimizer, metadata (everything else
     that is known).
 
-    A path may also be the name of a preset, which has no weights.
+    A path may also be a model's name, whose file is fetched where it is not yet here, or a preset's, which has no
+    weights.
 
     Raises:
         UserError: nothing known is there, or its description is damaged.
@@ -106,7 +112,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 
     if is_preset(path):
         return _describe_preset(CheckpointLocation("preset", path))
-    place = find(path)
+    place = find(_named(path))
     readers = {
         "maxkit": _describe_maxkit,
         "orbax": _describe_orbax,
@@ -149,6 +155,14 @@ def item_arrays(item_path: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     if missing:
         raise manifests.DamagedCheckpoint(f"{item_path} lacks {', '.join(missing[:5])}: it is listed but not stored")
     return {path: headers[name] for path, name in names.items()}
+
+
+def _named(path: str | os.PathLike) -> str | os.PathLike:
+    """The file of a model that has a name, and of anything else the path itself."""
+    from maxkit.checkpoint.sources import MODELS, resolve
+
+    name = os.fspath(path)
+    return resolve(name) if name in MODELS and not pathlib.Path(name).exists() else path
 
 
 def as_path(path: str | os.PathLike) -> Any:

@@ -78,10 +78,16 @@ def prepare(recipe: str, given: dict[str, str], *, file: str | None = None, outp
     Values edited in the notebook's own parameters cell take part, as they will in the kernel.
 
     Raises:
-        UserError: unknown recipe or parameter, wrong values, missing notebook, folder that cannot be written.
+        UserError: unknown recipe or parameter, wrong values, missing notebook, another notebook of the same name,
+            folder that cannot be written.
     """
     kind = find_recipe(recipe)
     notebook = find_notebook(next(name for name, entry in RECIPES.items() if entry.config is kind))
+    if "/" in recipe and Path(recipe).resolve() != notebook.resolve():
+        raise UserError(
+            f"{recipe} is not the notebook that `maxkit run {notebook.stem}` runs ({notebook}); one of your own runs "
+            f"with: papermill {recipe} out.ipynb -p NAME VALUE"
+        )
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     edited, problems = cell_parameters(kind, ["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
     command_line = {name: (value, "command line") for name, value in given.items()}
@@ -91,6 +97,8 @@ def prepare(recipe: str, given: dict[str, str], *, file: str | None = None, outp
     sources = {name: s for name, s in config.explicit.items() if s in ("file", "command line")}
     values = config.model_dump(mode="json")
     target = Path(output) if output else config.run_folder / notebook.name
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; -o takes the notebook to write, such as {target / notebook.name}")
     for folder in (config.run_folder, target.absolute().parent):
         _check_writable(folder)
     return Prepared(config, notebook, target, {name: values[name] for name in sources}, sources)
@@ -112,9 +120,13 @@ def execute(run: Prepared) -> dict[str, Any]:
     with kernel_environment(run.sources, log):
         error, number = _in_thread(run._replace(output=working))
     problem = _as_user_error(error, run.output) if error is not None else None
-    refused = isinstance(problem, UserError) and not isinstance(problem, CheckFailed) and run.output.exists()
+    kept = run.output
+    if isinstance(problem, UserError) and not isinstance(problem, CheckFailed) and run.output.exists():
+        assert error is not None
+        kept = run.output.with_name(f"{run.output.stem}.refused.ipynb")
+        problem = _as_user_error(error, kept)
     if working.exists():
-        os.replace(working, run.output.with_name(f"{run.output.stem}.refused.ipynb") if refused else run.output)
+        os.replace(working, kept)
     if number is not None:
         name = signal.Signals(number).name
         raise Stopped(number, f"stopped by {name}; the same command continues the run ({run.output})")

@@ -53,6 +53,8 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
         (("run", "sft", "-p", "run_dir=/proc/none"), "cannot write to '/proc/none'"),
         (("run", "sft", "-p", "batch_size=3", "-p", "gradient_accumulation_steps=2"), "is not divisible by"),
         (("run", "sft", "-p", "pure_nnx=true"), "maxkit is NNX only"),
+        (("run", "mine/sft.ipynb"), "is not the notebook that `maxkit run sft` runs"),
+        (("run", "sft", "-o", "/"), "/ is a folder; -o takes the notebook to write, such as /sft.ipynb"),
         (("run",), "name a RECIPE"),
         (("rum", "sft"), "invalid choice: 'rum'"),
         (("generate", "x"), "required: --prompt"),
@@ -91,6 +93,7 @@ def test_inspect_says_what_a_checkpoint_is(tmp_path: Path) -> None:
     assert list(found) == keys.split()
     text = run(PACKAGE.parent, tmp_path, "inspect", path).stdout
     assert f"num_params   {found['num_params']:,}" in text
+    assert max(map(len, text.splitlines())) < 140
     assert "no such file" in one_line(run(PACKAGE.parent, tmp_path, "inspect", "none"), 2)
 
 

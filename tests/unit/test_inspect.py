@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inspecting a path: every spelling, every format, no tensor read, no JAX."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -291,3 +292,14 @@ print(sorted({"jax", "jaxlib", "flax", "orbax", "optax"} & set(sys.modules)), se
 """
     run = subprocess.run([sys.executable, "-c", code, path[kind]], capture_output=True, text=True)
     assert run.stdout.strip() == "[] True", run.stdout + run.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="the client is installed")
+def test_an_object_store_without_its_client_is_one_line():
+    with pytest.raises(UserError, match="gs://bucket/run: reading it needs the package gcsfs: pip install gcsfs"):
+        inspect.describe("gs://bucket/run")
+
+
+def test_a_model_that_has_a_name_is_described():
+    found = inspect.describe("smollm2-135m-instruct")
+    assert (found["format"], found["family"], found["num_params"]) == ("gguf", "llama", 134_515_008)
