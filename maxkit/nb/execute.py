@@ -83,7 +83,8 @@ def prepare(recipe: str, given: dict[str, str], *, file: str | None = None, outp
     """
     kind = find_recipe(recipe)
     notebook = find_notebook(next(name for name, entry in RECIPES.items() if entry.config is kind))
-    if "/" in recipe and Path(recipe).resolve() != notebook.resolve():
+    is_path = "/" in recipe or (recipe.endswith(".ipynb") and Path(recipe).is_file())
+    if is_path and Path(recipe).resolve() != notebook.resolve():
         raise UserError(
             f"{recipe} is not the notebook that `maxkit run {notebook.stem}` runs ({notebook}); one of your own runs "
             f"with: papermill {recipe} out.ipynb -p NAME VALUE"

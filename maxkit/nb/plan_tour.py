@@ -79,12 +79,7 @@ def memory_figure(plans: Mapping[str, Any], *, title: str) -> Figure:
         axes.set_yticks(range(len(plans)), list(plans), fontsize=9.5)
         axes.set_ylim(len(plans) - 0.5, -1.15)
         axes.margins(x=0.16)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("GiB of HBM per chip", fontsize=9.5)
-        axes.tick_params(axis="y", length=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, axis="x", color=FAINT, linewidth=0.7)
-        axes.set_axisbelow(True)
+        _only_x_counts(axes, "GiB of HBM per chip")
         keys = [Patch(facecolor=c, hatch="////" if "not" in n else None, edgecolor="white", label=n)
                 for n, c in colours.items() if n in used]  # fmt: skip
         canvas.legend(handles=keys, frameon=False, fontsize=9, loc="outside lower right", ncols=len(keys))
@@ -92,6 +87,16 @@ def memory_figure(plans: Mapping[str, Any], *, title: str) -> Figure:
             f"{name} {sum(parts(plan).values()):.1f}{'' if plan.fits else ' (refused)'}" for name, plan in plans.items()
         ]
         return finish(canvas, f"Bars, {title}: GiB per chip, {capacity:.2f} are there: " + ", ".join(told) + ".")
+
+
+def _only_x_counts(axes: Any, label: str) -> None:
+    """Horizontal bars: a grid and a label for what they measure, nothing else around them."""
+    axes.set_xlim(left=0)
+    axes.set_xlabel(label, fontsize=9.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, axis="x", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
 
 
 # --- traffic ----------------------------------------------------------------------------------
@@ -117,12 +122,7 @@ def traffic_figure(plans: Mapping[str, Any], *, title: str) -> Figure:
         axes.set_yticks(range(len(plans)), list(plans), fontsize=9.5, family="monospace")
         axes.set_ylim(len(plans) - 0.5, -0.6)
         axes.margins(x=0.1)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("GiB per chip and update, counted as whole arrays", fontsize=9.5)
-        axes.tick_params(axis="y", length=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, axis="x", color=FAINT, linewidth=0.7)
-        axes.set_axisbelow(True)
+        _only_x_counts(axes, "GiB per chip and update, counted as whole arrays")
         keys = [Patch(color=c, label=n) for n, c in colours.items()]
         canvas.legend(handles=keys, frameon=False, fontsize=9, loc="outside lower right", ncols=len(keys))
         return finish(canvas, f"Bars, {title}: GiB sent per chip and update: " + ", ".join(told) + ".")

@@ -66,6 +66,12 @@ def test_a_mistake_is_one_line_and_writes_nothing(checkout: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_notebook_of_ones_own_is_not_taken_for_the_recipe(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "sft.ipynb").write_text('{"cells": []}')
+    line = one_line(run(checkout, tmp_path, "run", "sft.ipynb"), 2)
+    assert "is not the notebook that `maxkit run sft` runs" in line and "papermill sft.ipynb out.ipynb" in line
+
+
 def test_help_lists_the_parameters(checkout: Path, tmp_path: Path) -> None:
     for arguments in (("run", "sft", "--help"), ("run", "sft", "-p", "help")):
         done = run(checkout, tmp_path, *arguments)
